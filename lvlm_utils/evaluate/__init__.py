@@ -1,0 +1,150 @@
+"""Answers of a model to a table of samples: resumable, with failures counted, split over processes if there are any."""
+
+import hashlib
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import pandas as pd
+from PIL import Image
+from tqdm.auto import tqdm
+
+from lvlm_utils.evaluate.prefix import can_share
+from lvlm_utils.evaluate.replies import EMPTY, ask
+from lvlm_utils.evaluate.store import Store
+from lvlm_utils.models import LVLM
+
+CONDITIONS = ("original", "white", "black", "none")
+META = ["sample", "image_id", "group", "length", "label", "target", "kind", "size"]  # copied from the samples
+COLUMNS = [
+    "sample", "image_id", "group", "length", "n_context_tokens", "n_visual_tokens", "condition", "method", "keep",
+    "label", "target", "kind", "size", "answer", "raw", "parsed", "correct", "margin", "error", "model", "revision",
+    "dtype", "attention", "versions", "seconds", "n_prefill_tokens", "key",
+]  # fmt: skip
+
+
+def answer(
+    lvlm: LVLM,
+    samples: pd.DataFrame,
+    image: str = "original",
+    prune: None = None,
+    out: str | Path | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int = 4,
+    share: bool = True,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Ask every row of `samples` greedily; one row of results per sample, in the same order.
+
+    `samples` needs the columns image (path or PIL image), context, question, and may have those of META. `image` is the
+    picture shown: "original", a "white" or "black" one of the same size, or "none". With `share`, prompts about one
+    picture reuse the keys and values of their common beginning; the answers are those of separate prompts.
+    `out` is a parquet file: rows already there are not asked again, unless model, data or settings changed. A picture
+    or prompt that fails becomes a row with `error`, counted in one warning. Rows are split over the processes of
+    `accelerate launch`. `margin` is the logit of yes minus that of no (best of their spellings) at the first new token.
+    Raises ValueError for a wrong `image`, a missing column, or `prune` (not available yet).
+    """
+    if prune is not None:
+        raise ValueError(f"prune={prune!r}: answer() cannot prune yet, only prune=None is accepted.")
+    if image not in CONDITIONS:
+        raise ValueError(f"image={image!r} is not one of {', '.join(CONDITIONS)}.")
+    if missing := {"image", "context", "question"} - set(samples.columns):
+        raise ValueError(f"The samples have no column {', '.join(sorted(missing))}.")
+    if batch_size < 1 or max_new_tokens < 1:
+        raise ValueError(f"batch_size={batch_size} and max_new_tokens={max_new_tokens} must be at least 1.")
+    if share and not can_share(lvlm):
+        warnings.warn(f"Attention {lvlm.attention!r} cannot share prefixes: slower, same answers.", stacklevel=2)
+        share = False
+    state = _processes(lvlm)
+    rank, processes = (0, 1) if state is None else (state.process_index, state.num_processes)
+    wanted = _wanted(lvlm, samples, image, max_new_tokens)
+    store = Store(out, rank)
+    stale = store.drop_stale(wanted)
+    if stale and rank == 0:
+        tqdm.write(f"{Path(out).name}: {stale} stale rows dropped, because the model or the data changed.", sys.stderr)
+    todo = wanted[~wanted["key"].isin(store.table["key"])].drop_duplicates("key")
+    pictures = [rows for _, rows in todo.groupby("picture", sort=False)][rank::processes]
+    chunk = max(4, batch_size)  # pictures between two writes to disk
+    fresh: list[dict] = []
+    with tqdm(total=len(pictures), unit="picture", disable=not progress or rank > 0 or not pictures) as bar:
+        for at in range(0, len(pictures), chunk):
+            rows = ask(lvlm, pictures[at : at + chunk], image, batch_size, max_new_tokens, share)
+            store.add(rows)
+            fresh += rows
+            bar.update(len(pictures[at : at + chunk]))
+    if state is not None:
+        from accelerate.utils import gather_object
+
+        store.merge(gather_object(fresh))
+    if rank == 0:
+        store.finish()
+    if state is not None:
+        state.wait_for_everyone()  # nobody reads the file of the next call before it is whole
+    results = _in_order(store.table, wanted).set_index(samples.index)
+    if failed := int(results["error"].notna().sum()):
+        first = results["error"].dropna().iloc[0]
+        warnings.warn(f"{failed} of {len(results)} rows failed, see the column error. First: {first}", stacklevel=2)
+    return results
+
+
+def summary(results: pd.DataFrame) -> dict[str, int]:
+    """Counts: rows, unparsed (answered, but not by yes or no) and errors (not answered)."""
+    errors = results["error"].notna()
+    unparsed = ~results["parsed"].astype(bool) & ~errors
+    return {"rows": len(results), "unparsed": int(unparsed.sum()), "errors": int(errors.sum())}
+
+
+def _processes(lvlm: LVLM):
+    """accelerate's state when this is one of several processes (`accelerate launch` sets WORLD_SIZE), else None."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes < 2:
+        return None
+    from accelerate import PartialState
+
+    state = PartialState(cpu=lvlm.device.type == "cpu")
+    if state.num_processes != processes:  # each would take itself for the only one and overwrite the others' files
+        raise RuntimeError(f"WORLD_SIZE is {processes}, but accelerate sees {state.num_processes} process(es).")
+    return state
+
+
+def _wanted(lvlm: LVLM, samples: pd.DataFrame, condition: str, max_new_tokens: int) -> pd.DataFrame:
+    """One row per sample: what to ask, what identifies it, and a hash of everything that the answer depends on."""
+    wanted = samples.reindex(columns=[*META, "image", "context", "question"]).reset_index(drop=True)
+    settings = {
+        "condition": condition, "method": "none", "keep": 1.0, "model": lvlm.name, "revision": lvlm.revision,
+        "dtype": str(lvlm.dtype).removeprefix("torch."), "attention": lvlm.attention,
+    }  # fmt: skip
+    same = json.dumps([settings, max_new_tokens, lvlm.processor.chat_template], sort_keys=True)
+    hashes: dict = {}
+    keys, pictures = [], []
+    for row in wanted.itertuples():
+        picture = row.image
+        name = id(picture) if isinstance(picture, Image.Image) else str(picture)
+        if name not in hashes:
+            hashes[name] = "" if condition == "none" else _picture_hash(picture)
+        pictures.append(name)
+        content = [same, str(row.sample), str(row.group), hashes[name], row.context, row.question]
+        keys.append(hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:24])
+    return wanted.assign(**settings, key=keys, picture=pictures)
+
+
+def _picture_hash(picture: Image.Image | str | Path) -> str:
+    if isinstance(picture, Image.Image):
+        content = f"{picture.mode}{picture.size}".encode() + picture.tobytes()
+    else:
+        content = Path(str(picture)).read_bytes() if Path(str(picture)).is_file() else b"missing"
+    return hashlib.sha256(content).hexdigest()
+
+
+def _in_order(table: pd.DataFrame, wanted: pd.DataFrame) -> pd.DataFrame:
+    """Results in the order of the samples; labels and the like come from the samples, never from an old file."""
+    found = table.set_index("key").reindex(columns=list(EMPTY)).reindex(wanted["key"]).reset_index(drop=True)
+    results = pd.concat([wanted, found], axis=1)
+    for name in ("answer", "raw", "error"):  # None where there is none, whether just asked or read from a file
+        results[name] = results[name].astype(object).where(results[name].notna(), None)
+    results = results.astype({name: int for name in EMPTY if name.startswith("n_")} | {"margin": float})
+    results["parsed"] = results["answer"].notna()
+    results["correct"] = results["parsed"] & (results["answer"] == results["label"])
+    return results[COLUMNS]

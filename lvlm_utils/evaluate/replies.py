@@ -1,0 +1,147 @@
+"""Put samples about a few pictures to a model and return result rows: shared prefixes first, the rest in batches."""
+
+import re
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import pandas as pd
+import torch
+import transformers
+from PIL import Image
+
+from lvlm_utils.evaluate.prefix import Reply, answer_shared, clusters, eos_ids
+from lvlm_utils.models import LVLM
+from lvlm_utils.prompts import Encoded, assemble, blank, check_length, encode, greedy_options, open_image, render
+
+# what a row holds that could not be asked
+EMPTY = {
+    "answer": None, "raw": None, "margin": float("nan"), "error": None, "seconds": 0.0, "n_context_tokens": 0,
+    "n_visual_tokens": 0, "n_prefill_tokens": 0,
+    "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+}  # fmt: skip
+
+
+@dataclass
+class Asked:
+    """One sample, ready for the model."""
+
+    row: Any  # of the table of wanted answers, as itertuples gives it
+    picture: Image.Image | None
+    ids: list[int]
+    n_context_tokens: int
+    n_visual_tokens: int
+
+
+def ask(
+    lvlm: LVLM, pictures: list[pd.DataFrame], condition: str, batch_size: int, max_new_tokens: int, share: bool
+) -> list[dict]:
+    """Result rows, in any order, for samples grouped by picture. What cannot be asked becomes a row with `error`."""
+    done, alone = [], []
+    for rows in pictures:
+        asked, coded, failed = _prepare(lvlm, rows, condition)
+        done += failed
+        if not share:
+            alone += asked
+            continue
+        for members, cuts in clusters([one.ids for one in asked], _visual_end(lvlm, asked)):
+            if len(members) == 1:
+                alone.append(asked[members[0]])
+                continue
+            group = [asked[member] for member in members]
+            start = time.perf_counter()
+            replies = answer_shared(lvlm, [g.ids for g in group], cuts, coded.extras, max_new_tokens, batch_size)
+            done += _results(lvlm, group, replies, time.perf_counter() - start)
+    alone.sort(key=lambda one: len(one.ids))  # equal lengths together: little padding
+    for at in range(0, len(alone), batch_size):
+        group = alone[at : at + batch_size]
+        start = time.perf_counter()
+        replies = _separate(lvlm, group, max_new_tokens)
+        done += _results(lvlm, group, replies, time.perf_counter() - start)
+    return done
+
+
+def parse(raw: str) -> str | None:
+    """ "yes" or "no" if that is the first word, else None."""
+    word = re.match(r"\W*(yes|no)\b", raw, re.IGNORECASE)
+    return word[1].lower() if word else None
+
+
+def _prepare(lvlm: LVLM, rows: pd.DataFrame, condition: str) -> tuple[list[Asked], Encoded | None, list[dict]]:
+    """(what can be asked, its encoding, rows of what cannot) for the samples of one picture."""
+    try:
+        picture = None
+        if condition != "none":
+            picture = open_image(rows["image"].iloc[0])
+            picture = picture if condition == "original" else blank(picture, condition)
+    except (FileNotFoundError, ValueError) as error:
+        return [], None, [_row(row, error=str(error)) for row in rows.itertuples()]
+    rendered, asked, failed = [], [], []
+    for row in rows.itertuples():
+        try:
+            rendered.append((row, render(lvlm, picture is not None, row.context, row.question)))
+        except ValueError as error:
+            failed.append(_row(row, error=str(error)))
+    if not rendered:
+        return [], None, failed
+    coded = encode(lvlm, picture, [text for _, text in rendered])
+    for (row, _), ids, n_context in zip(rendered, coded.ids, coded.n_context, strict=True):
+        one = Asked(row, picture, ids, n_context, ids.count(lvlm.image_token_id))
+        try:
+            check_length(lvlm, len(ids))
+            asked.append(one)
+        except ValueError as error:
+            failed.append(_row(row, error=str(error), **_counts(one)))
+    return asked, coded, failed
+
+
+def _visual_end(lvlm: LVLM, asked: list[Asked]) -> int:
+    """Behind the last visual token; the same in all prompts about one picture."""
+    if not asked or lvlm.image_token_id not in asked[0].ids:
+        return 0
+    return len(asked[0].ids) - asked[0].ids[::-1].index(lvlm.image_token_id)
+
+
+@torch.inference_mode()
+def _separate(lvlm: LVLM, group: list[Asked], max_new_tokens: int) -> list[Reply]:
+    """Greedy replies to separate prompts, as one left-padded batch."""
+    rows = [one.row for one in group]
+    prompt = assemble(lvlm, [one.picture for one in group], [r.context for r in rows], [r.question for r in rows])
+    stop = eos_ids(lvlm)
+    output = lvlm.model.generate(
+        **prompt.inputs, **greedy_options(lvlm, max_new_tokens), eos_token_id=sorted(stop), output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    new = output.sequences[:, prompt.inputs["input_ids"].shape[1] :].tolist()
+    ends = [next((i + 1 for i, token in enumerate(ids) if token in stop), len(ids)) for ids in new]
+    lengths = prompt.inputs["attention_mask"].sum(-1).tolist()
+    logits = output.logits[0].float().cpu()
+    return [Reply(ids[:end], first, n) for ids, end, first, n in zip(new, ends, logits, lengths, strict=True)]
+
+
+def _results(lvlm: LVLM, group: list[Asked], replies: list[Reply], seconds: float) -> list[dict]:
+    """Result rows; every row gets an equal share of the seconds."""
+    results = []
+    for one, reply in zip(group, replies, strict=True):
+        raw = lvlm.tokenizer.decode(reply.ids, skip_special_tokens=True).strip()
+        yes, no = (reply.logits[list(_word_ids(lvlm.tokenizer, word))] for word in ("yes", "no"))
+        margin = float(yes.max() - no.max()) if len(yes) and len(no) else float("nan")
+        found = {"answer": parse(raw), "raw": raw, "margin": margin, "n_prefill_tokens": reply.computed}
+        results.append(_row(one.row, seconds=seconds / len(group), **found, **_counts(one)))
+    return results
+
+
+@lru_cache(maxsize=16)
+def _word_ids(tokenizer, word: str) -> tuple[int, ...]:
+    """Tokens that are `word`, in any case, with or without the mark of a space before it."""
+    return tuple(i for token, i in tokenizer.get_vocab().items() if token.strip("Ġ▁ ").lower() == word)
+
+
+def _counts(one: Asked) -> dict[str, int]:
+    return {"n_context_tokens": one.n_context_tokens, "n_visual_tokens": one.n_visual_tokens}
+
+
+def _row(row, **found) -> dict:
+    unasked = ("Index", "image", "context", "question", "picture")
+    return {k: v for k, v in row._asdict().items() if k not in unasked} | EMPTY | found

@@ -1,0 +1,134 @@
+"""Prompts: token groups by character offsets, padding, pictures, generation; attention of the last token."""
+
+import pytest
+import torch
+from conftest import QUESTION, build, picture, text_of
+from PIL import Image
+
+import lvlm_utils as lv
+from lvlm_utils.attention import attention_implementation
+from lvlm_utils.prompts import blank, open_image
+
+GROUPS = ("system", "visual", "context", "question")
+
+
+def words(lvlm, prompt, group, row=0):
+    ids = prompt.inputs["input_ids"][row][getattr(prompt.groups, group)[row]]
+    return lvlm.tokenizer.decode(ids).strip()
+
+
+@pytest.mark.parametrize("context", ["", text_of(40), "Is it? Is it? An é, “quotes” and 日本 …", " spaces  "])
+@pytest.mark.parametrize("question", ["Is it?", QUESTION.format("couch")])
+@pytest.mark.parametrize("shown", [True, False])
+def test_groups_hold_exactly_their_text(tiny, image, context, question, shown):
+    prompt = lv.prompt(tiny, image if shown else None, context, question)
+    assert words(tiny, prompt, "context") == context.strip()
+    assert words(tiny, prompt, "question") == question
+    assert words(tiny, prompt, "system").replace(" ", "") == ("<s>USER:\nASSISTANT:" if shown else "<s>USER:ASSISTANT:")
+    assert prompt.groups.visual.sum() == (16 if shown else 0)
+    assert prompt.text.count("<image>") == int(shown)
+
+
+def test_groups_partition_the_real_tokens_of_a_padded_batch(tiny, image):
+    contexts = ["", text_of(30), text_of(90)]
+    batch = lv.prompt(tiny, [image, None, image], contexts, "Is it?")
+    real = batch.inputs["attention_mask"].bool()
+    assert torch.equal(sum(getattr(batch.groups, name).int() for name in GROUPS), real.int())
+    assert torch.equal(batch.groups.text, real & ~batch.groups.visual)
+    assert batch.groups.last.sum(1).tolist() == [1, 1, 1] and bool(batch.groups.last[:, -1].all())
+    assert not real[0, 0] and real[2, 0]  # padding is on the left
+    for row, shown in enumerate((image, None, image)):
+        alone = lv.prompt(tiny, shown, contexts[row], "Is it?")
+        assert torch.equal(batch.inputs["input_ids"][row][real[row]], alone.inputs["input_ids"][0])
+        for name in (*GROUPS, "text"):
+            assert torch.equal(getattr(batch.groups, name)[row][real[row]], getattr(alone.groups, name)[0])
+
+
+def test_bos_stands_once_also_when_the_template_writes_it(tiny, image):
+    model, processor = build()
+    processor.chat_template = "{{ bos_token }}" + processor.chat_template
+    processor.tokenizer.chat_template = processor.chat_template
+    lvlm = lv.load(model, processor)
+    written = lv.prompt(lvlm, image, "", "Is it?").inputs["input_ids"]
+    assert torch.equal(written, lv.prompt(tiny, image, "", "Is it?").inputs["input_ids"])
+
+
+@pytest.mark.parametrize("family", ["llava", "vipllava", "llava_next"])
+def test_every_family_runs_and_counts_its_visual_tokens(family):
+    lvlm = lv.load(*build(family=family))
+    sizes = [(40, 32), (60, 28)]
+    prompt = lv.prompt(lvlm, [Image.new("RGB", size, "red") for size in sizes], "A lamp.", ["Is it?", "And?"])
+    with torch.inference_mode():
+        logits = lvlm.model(**prompt.inputs).logits
+    assert logits.shape[:2] == prompt.inputs["input_ids"].shape and bool(logits.isfinite().all())
+    assert [words(lvlm, prompt, "question", row) for row in (0, 1)] == ["Is it?", "And?"]
+
+
+def test_generate_returns_only_new_text_and_batches_change_nothing(tiny):
+    pictures = [picture("navy"), picture("green", 2), None]
+    contexts = ["", text_of(60), text_of(20)]
+    batch = lv.generate(tiny, lv.prompt(tiny, pictures, contexts, "Is it?"), max_new_tokens=6)
+    alone = [
+        lv.generate(tiny, lv.prompt(tiny, i, c, "Is it?"), max_new_tokens=6)
+        for i, c in zip(pictures, contexts, strict=True)
+    ]
+    assert batch == alone and all(isinstance(text, str) and "ASSISTANT" not in text for text in batch)
+    assert all(text == text.strip() for text in batch) and any(batch)
+
+
+def test_too_long_gives_both_numbers(image):
+    lvlm = lv.load(*build(window=64))
+    with pytest.raises(ValueError, match=r"has \d{3} tokens, the window of .* is 64: shorten"):
+        lv.prompt(lvlm, image, text_of(100), "Is it?")
+
+
+def test_bad_input_is_named(tiny, image):
+    with pytest.raises(ValueError, match="placeholder"):
+        lv.prompt(tiny, image, "An <image> here.", "Is it?")
+    with pytest.raises(ValueError, match="differ in length"):
+        lv.prompt(tiny, [image, image], ["one"], "Is it?")
+    with pytest.raises(ValueError, match="are text, not float"):
+        lv.prompt(tiny, image, float("nan"), "Is it?")
+
+
+def test_pictures_that_cannot_be_opened(tmp_path, images):
+    with pytest.raises(FileNotFoundError, match="nowhere.png"):
+        open_image(tmp_path / "nowhere.png")
+    (tmp_path / "text.png").write_text("no picture")
+    with open(images[0], "rb") as file:
+        (tmp_path / "cut.png").write_bytes(file.read()[:80])
+    for name in ("text.png", "cut.png"):
+        with pytest.raises(ValueError, match=f"{name} is not a readable picture"):
+            open_image(tmp_path / name)
+    with pytest.raises(ValueError, match="URL"):
+        open_image("https://example.org/a.png")
+    with pytest.raises(ValueError, match="not int"):
+        open_image(3)
+
+
+def test_pictures_become_rgb(tmp_path):
+    Image.new("RGBA", (5, 4), (255, 0, 0, 9)).save(tmp_path / "a.png")
+    assert open_image(tmp_path / "a.png").mode == "RGB"
+    white = blank(open_image(tmp_path / "a.png"), "white")
+    assert (white.size, white.getpixel((2, 2))) == ((5, 4), (255, 255, 255))
+
+
+@pytest.mark.parametrize("fixture", ["tiny", "tiny_gqa"])
+def test_last_attention_is_the_last_row_of_eager_attention(fixture, request, image):
+    lvlm = request.getfixturevalue(fixture)
+    prompt = lv.prompt(lvlm, [image, None, image], ["", text_of(30), text_of(80)], "Is it?")
+    seen = lv.last_attention(lvlm, prompt)
+    assert lvlm.attention == "sdpa"
+    positions = (prompt.inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with attention_implementation(lvlm, "eager"), torch.inference_mode():
+        full = lvlm.model(**prompt.inputs, position_ids=positions, output_attentions=True).attentions
+    expected = torch.stack([layer[:, :, -1] for layer in full])
+    torch.testing.assert_close(seen, expected, atol=1e-5, rtol=0)
+    assert seen[:, 0][..., ~prompt.inputs["attention_mask"][0].bool()].abs().max() == 0
+
+
+def test_the_attention_implementation_comes_back_after_an_error(tiny):
+    with pytest.raises(RuntimeError, match="stop"), attention_implementation(tiny, "eager"):
+        assert tiny.attention == "eager"
+        raise RuntimeError("stop")
+    assert tiny.attention == "sdpa"
