@@ -1,4 +1,5 @@
 """The embedded world: the held-out split rebuilds to the same bytes and keeps the promises of its card."""
+
 import json
 import random
 import sys

@@ -4,6 +4,7 @@
 
 The same numbers give the same bytes. Training (data/tiny-llava/) draws its own scenes with other seeds and never reads this split.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -59,7 +60,11 @@ def talk(scene: world.Scene, rng: random.Random) -> tuple[dict[str, list], dict[
     def content(turns: list) -> list[dict]:
         for turn in turns:
             note(turn)
-        return [{"from": who, "value": said} for turn in turns for who, said in zip(SPEAKERS, (turn.question, turn.answer), strict=True)]
+        return [
+            {"from": who, "value": said}
+            for turn in turns
+            for who, said in zip(SPEAKERS, (turn.question, turn.answer), strict=True)
+        ]
 
     texts: dict[str, list] = {"conversation": [], "complex_reasoning": [], "referring_qa": []}
     for _ in range(DIALOGUES):
@@ -70,8 +75,10 @@ def talk(scene: world.Scene, rng: random.Random) -> tuple[dict[str, list], dict[
     sentences = [talker.detail() for _ in range(SENTENCES)]
     for turn in sentences:
         note(turn)
-    paragraphs = "\n\n".join(" ".join(t.answer for t in sentences[i:i + 6]) for i in range(0, SENTENCES, 6))
-    ask = rng.choice(("Describe the image in detail.", "Please tell me all you see.", "What does the image show, in every detail?"))
+    paragraphs = "\n\n".join(" ".join(t.answer for t in sentences[i : i + 6]) for i in range(0, SENTENCES, 6))
+    ask = rng.choice(
+        ("Describe the image in detail.", "Please tell me all you see.", "What does the image show, in every detail?")
+    )
     labels.update({sentence: {"about": "filler", "objects": []} for sentence in split(ask)})
     texts["detail_description"] = [{"content": [{"from": "user", "value": ask}, {"from": "gpt", "value": paragraphs}]}]
     return texts, labels
@@ -82,8 +89,18 @@ def objects(scene: world.Scene, first: int) -> list[dict]:
     records = []
     for i, thing in enumerate(scene.things):
         x1, y1, x2, y2 = thing.box
-        records.append({"object_id": first + i, "x": x1, "y": y1, "w": x2 - x1, "h": y2 - y1, "names": [thing.name], "synsets": [],
-                        "merged_object_ids": []})
+        records.append(
+            {
+                "object_id": first + i,
+                "x": x1,
+                "y": y1,
+                "w": x2 - x1,
+                "h": y2 - y1,
+                "names": [thing.name],
+                "synsets": [],
+                "merged_object_ids": [],
+            }
+        )
     return records
 
 
@@ -105,16 +122,30 @@ def evidence(scenes: int = 40_000) -> dict:
         for answer, name in chosen:
             asked[answer][name] += 1
             seen[answer][name].update([n for n in names if n not in out] + [f"scene: {scene.kind}"])
-    return {a: {name: {"asked": asked[a][name]} | dict(sorted(seen[a][name].items())) for name in world.NAMES} for a in asked}
+    return {
+        a: {name: {"asked": asked[a][name]} | dict(sorted(seen[a][name].items())) for name in world.NAMES}
+        for a in asked
+    }
 
 
 def describe_world() -> dict:
     """world.json: what is known of the world behind the pictures; real data has no such file."""
     return {
-        "objects": {name: {"plural": plural, "aliases": list(others), "emoji": chr(code)} for name, (code, plural, others) in world.OBJECTS.items()},
-        "scenes": {kind: {"groups": [list(g) for g in s.groups], "occasional": list(s.occasional), "activities": list(s.activities)}
-                   for kind, s in world.SCENES.items()},
-        "presence": world.presence(), "popular": list(world.popular()), "evidence": evidence(),
+        "objects": {
+            name: {"plural": plural, "aliases": list(others), "emoji": chr(code)}
+            for name, (code, plural, others) in world.OBJECTS.items()
+        },
+        "scenes": {
+            kind: {
+                "groups": [list(g) for g in s.groups],
+                "occasional": list(s.occasional),
+                "activities": list(s.activities),
+            }
+            for kind, s in world.SCENES.items()
+        },
+        "presence": world.presence(),
+        "popular": list(world.popular()),
+        "evidence": evidence(),
         "size_groups": {"small_below": world.SMALL_BELOW, "large_from": world.LARGE_FROM},
     }
 
@@ -128,13 +159,23 @@ def main(out: Path, scenes: int) -> None:
     check_phrases()
     rng, kinds = random.Random(SEED), list(world.SCENES)
     images, boxes, labels = [], [], {}
-    texts: dict[str, list] = {kind: [] for kind in ("conversation", "complex_reasoning", "detail_description", "referring_qa")}
+    texts: dict[str, list] = {
+        kind: [] for kind in ("conversation", "complex_reasoning", "detail_description", "referring_qa")
+    }
     (out / "vg" / "VG_100K").mkdir(parents=True, exist_ok=True)
     for image_id in tqdm(range(1, scenes + 1), desc="emoji-world"):
         scene = world.sample_scene(rng, kinds[image_id % len(kinds)])
         Image.fromarray(world.paint(scene, rng)).save(out / "vg" / "VG_100K" / f"{image_id}.webp", quality=90, method=6)
-        images.append({"image_id": image_id, "url": f"emoji-world/VG_100K/{image_id}.webp", "width": world.SIDE, "height": world.SIDE,
-                       "coco_id": None, "flickr_id": None})
+        images.append(
+            {
+                "image_id": image_id,
+                "url": f"emoji-world/VG_100K/{image_id}.webp",
+                "width": world.SIDE,
+                "height": world.SIDE,
+                "coco_id": None,
+                "flickr_id": None,
+            }
+        )
         boxes.append({"image_id": image_id, "objects": objects(scene, image_id * 100)})
         said, labels[str(image_id)] = talk(scene, rng)
         for kind, conversations in said.items():

@@ -1,7 +1,8 @@
 """Draw the sprite sheet from the Noto Color Emoji font (only needed to remake `sprites.webp`).
 
-    python data/emoji-world/render_sprites.py /path/to/NotoColorEmoji.ttf
+python data/emoji-world/render_sprites.py /path/to/NotoColorEmoji.ttf
 """
+
 import sys
 
 from PIL import Image, ImageDraw, ImageFont
@@ -19,7 +20,10 @@ def main(font_file: str) -> None:
             raise ValueError(f"the font {font_file} has no glyph for {name!r} (U+{OBJECTS[name][0]:X})")
         glyph = glyph.crop(glyph.getbbox())
         glyph.thumbnail((SPRITE, SPRITE), Image.Resampling.LANCZOS)
-        corner = (i % SHEET_COLUMNS * SPRITE + (SPRITE - glyph.width) // 2, i // SHEET_COLUMNS * SPRITE + (SPRITE - glyph.height) // 2)
+        corner = (
+            i % SHEET_COLUMNS * SPRITE + (SPRITE - glyph.width) // 2,
+            i // SHEET_COLUMNS * SPRITE + (SPRITE - glyph.height) // 2,
+        )
         sheet.paste(glyph, corner)
     sheet.save(HERE / "sprites.webp", lossless=True, quality=100, method=6)
 

@@ -2,6 +2,7 @@
 
 A template is written `{this|that}`: one of the choices is drawn. Slots in capitals are filled first. Sentences end in . ? or !
 """
+
 from __future__ import annotations
 
 import functools
@@ -10,8 +11,22 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from phrases import (ACTIVITY, DETAIL_ACTIVITY, DETAIL_FILLER, DETAIL_ONE, DETAIL_SETTING, DETAIL_TWO, FILLER, ONE, REASON_FILLER,
-                     REASON_ONE, REFER, SETTING, TOPIC, TWO)
+from phrases import (
+    ACTIVITY,
+    DETAIL_ACTIVITY,
+    DETAIL_FILLER,
+    DETAIL_ONE,
+    DETAIL_SETTING,
+    DETAIL_TWO,
+    FILLER,
+    ONE,
+    REASON_FILLER,
+    REASON_ONE,
+    REFER,
+    SETTING,
+    TOPIC,
+    TWO,
+)
 from world import SCENES, SIDE, Scene, Thing
 
 FACT_SHARE, SETTING_SHARE, ACTIVITY_SHARE, PAIR_SHARE = 0.24, 0.12, 0.03, 0.25
@@ -44,7 +59,9 @@ def _parts(template: str) -> tuple[tuple[str, ...], ...]:
 
 def spin(template: str, rng: random.Random, **slots: str) -> str:
     """Draw one wording of a template and fill its slots."""
-    text = "".join(options[0] if len(options) == 1 else options[int(rng.random() * len(options))] for options in _parts(template))
+    text = "".join(
+        options[0] if len(options) == 1 else options[int(rng.random() * len(options))] for options in _parts(template)
+    )
     for slot, value in slots.items():
         text = text.replace(slot, value)
     return _ARTICLE.sub("an ", text).replace("middle side", "middle").replace("on the middle", "in the middle")
@@ -53,7 +70,10 @@ def spin(template: str, rng: random.Random, **slots: str) -> str:
 def where(thing: Thing) -> tuple[str, str]:
     """("left" | "middle" | "right", "top" | "centre" | "bottom") of the box centre."""
     x, y = (thing.box[0] + thing.box[2]) / 2 / SIDE, (thing.box[1] + thing.box[3]) / 2 / SIDE
-    return ("left" if x < 0.36 else "right" if x > 0.64 else "middle", "top" if y < 0.36 else "bottom" if y > 0.64 else "centre")
+    return (
+        "left" if x < 0.36 else "right" if x > 0.64 else "middle",
+        "top" if y < 0.36 else "bottom" if y > 0.64 else "centre",
+    )
 
 
 def relation(a: Thing, b: Thing) -> str:
@@ -71,13 +91,21 @@ def box(thing: Thing) -> str:
 
 def slots(thing: Thing) -> dict[str, str]:
     across, down = where(thing)
-    return {"NAME": thing.name, "SIDE": across, "HEIGHT": down, "SIZE": thing.size, "BOX": f"<st>{thing.name}<ed> {box(thing)}"}
+    return {
+        "NAME": thing.name,
+        "SIDE": across,
+        "HEIGHT": down,
+        "SIZE": thing.size,
+        "BOX": f"<st>{thing.name}<ed> {box(thing)}",
+    }
 
 
 class Talk:
     """An endless talker about one scene. Interest in its objects fades geometrically, so new objects keep turning up late."""
 
-    def __init__(self, scene: Scene, rng: random.Random, skip: frozenset[str] | set[str] = frozenset(), facts: float = FACT_SHARE):
+    def __init__(
+        self, scene: Scene, rng: random.Random, skip: frozenset[str] | set[str] = frozenset(), facts: float = FACT_SHARE
+    ):
         self.scene, self.rng, self.facts = scene, rng, facts
         things = [thing for thing in scene.things if thing.name not in skip]
         rng.shuffle(things)
@@ -113,7 +141,9 @@ class Talk:
         thing = self._one()
         return self._fill(one, "object", (thing.name,), **slots(thing))
 
-    def _turn(self, one: tuple, two: tuple, filler: tuple, activity: tuple = ACTIVITY, setting: tuple = SETTING) -> Turn:
+    def _turn(
+        self, one: tuple, two: tuple, filler: tuple, activity: tuple = ACTIVITY, setting: tuple = SETTING
+    ) -> Turn:
         draw = self.rng.random()
         if draw < self.facts and self.things:
             return self._fact(one, two)
@@ -168,4 +198,6 @@ def caption(scene: Scene, rng: random.Random) -> str:
     """A short list of everything: the densest supervision there is for naming."""
     things = list(scene.things)
     rng.shuffle(things)
-    return "The image shows " + ", ".join(f"a {t.size} {t.name} at the {where(t)[1]} {where(t)[0]}" for t in things) + "."
+    return (
+        "The image shows " + ", ".join(f"a {t.size} {t.name} at the {where(t)[1]} {where(t)[0]}" for t in things) + "."
+    )

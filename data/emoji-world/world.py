@@ -3,6 +3,7 @@
 Everything is a function of a `random.Random`; nothing here needs torch or the emoji font (`sprites.webp` holds the pictures).
 The sentences about a scene are made in `text.py`, the files of the held-out split in `build.py`.
 """
+
 from __future__ import annotations
 
 import functools
@@ -14,56 +15,98 @@ import numpy as np
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-SIDE, PATCH = 192, 16          # pixels of a picture and of a vision-tower patch
+SIDE, PATCH = 192, 16  # pixels of a picture and of a vision-tower patch
 GRID = SIDE // PATCH
-SPRITE = 128                   # pixels of one cell of the sprite sheet
+SPRITE = 128  # pixels of one cell of the sprite sheet
 SHEET_COLUMNS = 10
 
 # name: (code point, plural, other words for it). Names that a neutral
 # sentence needs (light, picture, table) are avoided, and so is "lamp": the couch of the font comes with one.
 OBJECTS: dict[str, tuple[int, str, tuple[str, ...]]] = {
-    "couch": (0x1F6CB, "couches", ("sofa",)), "television": (0x1F4FA, "televisions", ("TV",)),
-    "bulb": (0x1F4A1, "bulbs", ("light bulb",)), "candle": (0x1F56F, "candles", ()),
-    "window": (0x1FA9F, "windows", ()), "mirror": (0x1FA9E, "mirrors", ()),
-    "clock": (0x1F570, "clocks", ()), "houseplant": (0x1FAB4, "houseplants", ("potted plant",)),
-    "book": (0x1F4D5, "books", ("novel",)), "guitar": (0x1F3B8, "guitars", ()),
-    "teddy bear": (0x1F9F8, "teddy bears", ("teddy",)), "painting": (0x1F5BC, "paintings", ()),
-    "chair": (0x1FA91, "chairs", ("seat",)), "bed": (0x1F6CF, "beds", ()),
-    "door": (0x1F6AA, "doors", ()), "radio": (0x1F4FB, "radios", ()),
-    "newspaper": (0x1F4F0, "newspapers", ()), "toilet": (0x1F6BD, "toilets", ()),
-    "shower": (0x1F6BF, "showers", ()), "bathtub": (0x1F6C1, "bathtubs", ("tub",)),
-    "soap": (0x1F9FC, "soaps", ()), "toothbrush": (0x1FAA5, "toothbrushes", ()),
-    "paper roll": (0x1F9FB, "paper rolls", ("toilet paper",)), "sponge": (0x1F9FD, "sponges", ()),
-    "bucket": (0x1FAA3, "buckets", ("pail",)), "basket": (0x1F9FA, "baskets", ("hamper",)),
-    "fork": (0x1F374, "forks", ()), "cup": (0x2615, "cups", ("mug",)),
-    "pizza": (0x1F355, "pizzas", ()), "pan": (0x1F373, "pans", ("skillet",)),
-    "bread": (0x1F35E, "breads", ("loaf",)), "cheese": (0x1F9C0, "cheeses", ()),
-    "banana": (0x1F34C, "bananas", ()), "apple": (0x1F34E, "apples", ()),
-    "carrot": (0x1F955, "carrots", ()), "teapot": (0x1FAD6, "teapots", ("kettle",)),
-    "knife": (0x1F52A, "knives", ()), "bowl": (0x1F963, "bowls", ()),
-    "egg": (0x1F95A, "eggs", ()), "goblet": (0x1F377, "goblets", ("wine glass",)),
-    "cake": (0x1F370, "cakes", ()), "car": (0x1F697, "cars", ("automobile",)),
-    "bus": (0x1F68C, "buses", ()), "bicycle": (0x1F6B2, "bicycles", ("bike",)),
-    "traffic light": (0x1F6A6, "traffic lights", ("stoplight",)), "stop sign": (0x1F6D1, "stop signs", ()),
-    "motorcycle": (0x1F3CD, "motorcycles", ("motorbike",)), "truck": (0x1F69A, "trucks", ("lorry",)),
-    "scooter": (0x1F6F4, "scooters", ()), "mailbox": (0x1F4EB, "mailboxes", ()),
-    "gas pump": (0x26FD, "gas pumps", ()), "cow": (0x1F404, "cows", ()),
-    "horse": (0x1F40E, "horses", ()), "pig": (0x1F416, "pigs", ()),
-    "sheep": (0x1F411, "sheep", ()), "chicken": (0x1F413, "chickens", ("rooster",)),
-    "tractor": (0x1F69C, "tractors", ()), "duck": (0x1F986, "ducks", ()),
-    "corn": (0x1F33D, "corn", ("maize",)), "sunflower": (0x1F33B, "sunflowers", ()),
-    "umbrella": (0x26F1, "umbrellas", ("parasol",)), "boat": (0x26F5, "boats", ("sailboat",)),
-    "palm": (0x1F334, "palms", ("palm tree",)), "fish": (0x1F41F, "fishes", ()),
-    "crab": (0x1F980, "crabs", ()), "shell": (0x1F41A, "shells", ("seashell",)),
-    "sandal": (0x1FA74, "sandals", ("flip-flop",)), "dolphin": (0x1F42C, "dolphins", ()),
-    "anchor": (0x2693, "anchors", ()), "laptop": (0x1F4BB, "laptops", ("computer",)),
-    "printer": (0x1F5A8, "printers", ()), "telephone": (0x260E, "telephones", ("phone",)),
-    "briefcase": (0x1F4BC, "briefcases", ()), "scissors": (0x2702, "scissors", ()),
-    "calendar": (0x1F4C5, "calendars", ()), "paperclip": (0x1F4CE, "paperclips", ("paper clip",)),
-    "tree": (0x1F333, "trees", ()), "dog": (0x1F415, "dogs", ("puppy",)),
-    "kite": (0x1FA81, "kites", ()), "ball": (0x26BD, "balls", ("football",)),
-    "tulip": (0x1F337, "tulips", ()), "butterfly": (0x1F98B, "butterflies", ()),
-    "bird": (0x1F426, "birds", ()), "rabbit": (0x1F407, "rabbits", ("bunny",)),
+    "couch": (0x1F6CB, "couches", ("sofa",)),
+    "television": (0x1F4FA, "televisions", ("TV",)),
+    "bulb": (0x1F4A1, "bulbs", ("light bulb",)),
+    "candle": (0x1F56F, "candles", ()),
+    "window": (0x1FA9F, "windows", ()),
+    "mirror": (0x1FA9E, "mirrors", ()),
+    "clock": (0x1F570, "clocks", ()),
+    "houseplant": (0x1FAB4, "houseplants", ("potted plant",)),
+    "book": (0x1F4D5, "books", ("novel",)),
+    "guitar": (0x1F3B8, "guitars", ()),
+    "teddy bear": (0x1F9F8, "teddy bears", ("teddy",)),
+    "painting": (0x1F5BC, "paintings", ()),
+    "chair": (0x1FA91, "chairs", ("seat",)),
+    "bed": (0x1F6CF, "beds", ()),
+    "door": (0x1F6AA, "doors", ()),
+    "radio": (0x1F4FB, "radios", ()),
+    "newspaper": (0x1F4F0, "newspapers", ()),
+    "toilet": (0x1F6BD, "toilets", ()),
+    "shower": (0x1F6BF, "showers", ()),
+    "bathtub": (0x1F6C1, "bathtubs", ("tub",)),
+    "soap": (0x1F9FC, "soaps", ()),
+    "toothbrush": (0x1FAA5, "toothbrushes", ()),
+    "paper roll": (0x1F9FB, "paper rolls", ("toilet paper",)),
+    "sponge": (0x1F9FD, "sponges", ()),
+    "bucket": (0x1FAA3, "buckets", ("pail",)),
+    "basket": (0x1F9FA, "baskets", ("hamper",)),
+    "fork": (0x1F374, "forks", ()),
+    "cup": (0x2615, "cups", ("mug",)),
+    "pizza": (0x1F355, "pizzas", ()),
+    "pan": (0x1F373, "pans", ("skillet",)),
+    "bread": (0x1F35E, "breads", ("loaf",)),
+    "cheese": (0x1F9C0, "cheeses", ()),
+    "banana": (0x1F34C, "bananas", ()),
+    "apple": (0x1F34E, "apples", ()),
+    "carrot": (0x1F955, "carrots", ()),
+    "teapot": (0x1FAD6, "teapots", ("kettle",)),
+    "knife": (0x1F52A, "knives", ()),
+    "bowl": (0x1F963, "bowls", ()),
+    "egg": (0x1F95A, "eggs", ()),
+    "goblet": (0x1F377, "goblets", ("wine glass",)),
+    "cake": (0x1F370, "cakes", ()),
+    "car": (0x1F697, "cars", ("automobile",)),
+    "bus": (0x1F68C, "buses", ()),
+    "bicycle": (0x1F6B2, "bicycles", ("bike",)),
+    "traffic light": (0x1F6A6, "traffic lights", ("stoplight",)),
+    "stop sign": (0x1F6D1, "stop signs", ()),
+    "motorcycle": (0x1F3CD, "motorcycles", ("motorbike",)),
+    "truck": (0x1F69A, "trucks", ("lorry",)),
+    "scooter": (0x1F6F4, "scooters", ()),
+    "mailbox": (0x1F4EB, "mailboxes", ()),
+    "gas pump": (0x26FD, "gas pumps", ()),
+    "cow": (0x1F404, "cows", ()),
+    "horse": (0x1F40E, "horses", ()),
+    "pig": (0x1F416, "pigs", ()),
+    "sheep": (0x1F411, "sheep", ()),
+    "chicken": (0x1F413, "chickens", ("rooster",)),
+    "tractor": (0x1F69C, "tractors", ()),
+    "duck": (0x1F986, "ducks", ()),
+    "corn": (0x1F33D, "corn", ("maize",)),
+    "sunflower": (0x1F33B, "sunflowers", ()),
+    "umbrella": (0x26F1, "umbrellas", ("parasol",)),
+    "boat": (0x26F5, "boats", ("sailboat",)),
+    "palm": (0x1F334, "palms", ("palm tree",)),
+    "fish": (0x1F41F, "fishes", ()),
+    "crab": (0x1F980, "crabs", ()),
+    "shell": (0x1F41A, "shells", ("seashell",)),
+    "sandal": (0x1FA74, "sandals", ("flip-flop",)),
+    "dolphin": (0x1F42C, "dolphins", ()),
+    "anchor": (0x2693, "anchors", ()),
+    "laptop": (0x1F4BB, "laptops", ("computer",)),
+    "printer": (0x1F5A8, "printers", ()),
+    "telephone": (0x260E, "telephones", ("phone",)),
+    "briefcase": (0x1F4BC, "briefcases", ()),
+    "scissors": (0x2702, "scissors", ()),
+    "calendar": (0x1F4C5, "calendars", ()),
+    "paperclip": (0x1F4CE, "paperclips", ("paper clip",)),
+    "tree": (0x1F333, "trees", ()),
+    "dog": (0x1F415, "dogs", ("puppy",)),
+    "kite": (0x1FA81, "kites", ()),
+    "ball": (0x26BD, "balls", ("football",)),
+    "tulip": (0x1F337, "tulips", ()),
+    "butterfly": (0x1F98B, "butterflies", ()),
+    "bird": (0x1F426, "birds", ()),
+    "rabbit": (0x1F407, "rabbits", ("bunny",)),
     "cat": (0x1F408, "cats", ("kitten",)),
 }
 NAMES = list(OBJECTS)
@@ -86,42 +129,82 @@ class Kind:
 
 
 SCENES: dict[str, Kind] = {
-    "living room": Kind((("couch", "television", "bulb", "painting"), ("book", "newspaper", "clock"), ("houseplant", "guitar", "cat")),
-                        ("chair", "dog", "door", "window", "candle", "radio", "laptop", "teddy bear", "cup"),
-                        ("relax after work", "watch a film together", "sit and talk with guests"), (214, 196, 170), (150, 110, 80)),
-    "bedroom": Kind((("bed", "window", "teddy bear"), ("radio", "candle", "book"), ("mirror", "door", "bulb")),
-                    ("cat", "chair", "clock", "laptop", "sandal", "painting", "cup", "basket"),
-                    ("sleep", "get dressed in the morning", "rest on a quiet evening"), (190, 185, 215), (160, 130, 120)),
-    "bathroom": Kind((("toilet", "paper roll", "soap"), ("shower", "bathtub", "sponge"), ("toothbrush", "mirror", "basket")),
-                     ("window", "door", "candle", "cat", "sandal", "houseplant", "bucket"),
-                     ("wash themselves", "get ready for the day", "clean their teeth"), (205, 228, 235), (170, 195, 205)),
-    "kitchen": Kind((("pan", "knife", "egg"), ("bread", "cheese", "teapot"), ("banana", "apple", "carrot"), ("bowl", "cup")),
-                    ("pizza", "goblet", "cake", "chair", "window", "cat", "clock", "fork"),
-                    ("cook a meal", "prepare breakfast", "wash the dishes"), (235, 222, 190), (190, 160, 120)),
-    "restaurant": Kind((("pizza", "fork", "goblet"), ("cake", "cup", "candle"), ("chair", "painting", "bulb")),
-                       ("knife", "bread", "cheese", "fish", "window", "tulip", "bowl"),
-                       ("eat dinner", "celebrate a birthday", "order some food"), (150, 90, 80), (110, 70, 55)),
-    "street": Kind((("car", "traffic light", "bus"), ("bicycle", "scooter", "mailbox"), ("truck", "stop sign", "gas pump")),
-                   ("motorcycle", "dog", "tree", "bird", "cat", "newspaper", "briefcase"),
-                   ("drive to work", "cross to the other side", "wait for a ride"), (165, 190, 215), (120, 120, 125)),
-    "farm": Kind((("cow", "horse", "sheep"), ("pig", "chicken", "duck"), ("tractor", "corn", "sunflower")),
-                 ("dog", "tree", "bucket", "truck", "carrot", "rabbit", "egg", "bird"),
-                 ("feed the animals", "harvest the crops", "work in the field"), (175, 205, 235), (150, 165, 90)),
-    "beach": Kind((("umbrella", "palm", "sandal"), ("boat", "anchor", "fish"), ("crab", "shell", "dolphin")),
-                  ("ball", "dog", "bird", "kite", "book", "basket", "bucket"),
-                  ("swim in the sea", "lie in the sun", "build castles in the sand"), (150, 205, 240), (235, 215, 165)),
-    "office": Kind((("laptop", "printer", "telephone"), ("briefcase", "calendar", "clock"), ("scissors", "paperclip", "chair")),
-                   ("cup", "houseplant", "book", "window", "bulb", "door", "newspaper"),
-                   ("write reports", "attend a meeting", "answer calls"), (215, 218, 222), (140, 145, 155)),
-    "park": Kind((("tree", "bird", "butterfly"), ("dog", "ball", "kite"), ("tulip", "rabbit", "bicycle")),
-                 ("cat", "duck", "sunflower", "umbrella", "book", "scooter", "horse", "basket"),
-                 ("take a walk", "have a picnic", "play outside"), (185, 220, 245), (110, 170, 95)),
+    "living room": Kind(
+        (("couch", "television", "bulb", "painting"), ("book", "newspaper", "clock"), ("houseplant", "guitar", "cat")),
+        ("chair", "dog", "door", "window", "candle", "radio", "laptop", "teddy bear", "cup"),
+        ("relax after work", "watch a film together", "sit and talk with guests"),
+        (214, 196, 170),
+        (150, 110, 80),
+    ),
+    "bedroom": Kind(
+        (("bed", "window", "teddy bear"), ("radio", "candle", "book"), ("mirror", "door", "bulb")),
+        ("cat", "chair", "clock", "laptop", "sandal", "painting", "cup", "basket"),
+        ("sleep", "get dressed in the morning", "rest on a quiet evening"),
+        (190, 185, 215),
+        (160, 130, 120),
+    ),
+    "bathroom": Kind(
+        (("toilet", "paper roll", "soap"), ("shower", "bathtub", "sponge"), ("toothbrush", "mirror", "basket")),
+        ("window", "door", "candle", "cat", "sandal", "houseplant", "bucket"),
+        ("wash themselves", "get ready for the day", "clean their teeth"),
+        (205, 228, 235),
+        (170, 195, 205),
+    ),
+    "kitchen": Kind(
+        (("pan", "knife", "egg"), ("bread", "cheese", "teapot"), ("banana", "apple", "carrot"), ("bowl", "cup")),
+        ("pizza", "goblet", "cake", "chair", "window", "cat", "clock", "fork"),
+        ("cook a meal", "prepare breakfast", "wash the dishes"),
+        (235, 222, 190),
+        (190, 160, 120),
+    ),
+    "restaurant": Kind(
+        (("pizza", "fork", "goblet"), ("cake", "cup", "candle"), ("chair", "painting", "bulb")),
+        ("knife", "bread", "cheese", "fish", "window", "tulip", "bowl"),
+        ("eat dinner", "celebrate a birthday", "order some food"),
+        (150, 90, 80),
+        (110, 70, 55),
+    ),
+    "street": Kind(
+        (("car", "traffic light", "bus"), ("bicycle", "scooter", "mailbox"), ("truck", "stop sign", "gas pump")),
+        ("motorcycle", "dog", "tree", "bird", "cat", "newspaper", "briefcase"),
+        ("drive to work", "cross to the other side", "wait for a ride"),
+        (165, 190, 215),
+        (120, 120, 125),
+    ),
+    "farm": Kind(
+        (("cow", "horse", "sheep"), ("pig", "chicken", "duck"), ("tractor", "corn", "sunflower")),
+        ("dog", "tree", "bucket", "truck", "carrot", "rabbit", "egg", "bird"),
+        ("feed the animals", "harvest the crops", "work in the field"),
+        (175, 205, 235),
+        (150, 165, 90),
+    ),
+    "beach": Kind(
+        (("umbrella", "palm", "sandal"), ("boat", "anchor", "fish"), ("crab", "shell", "dolphin")),
+        ("ball", "dog", "bird", "kite", "book", "basket", "bucket"),
+        ("swim in the sea", "lie in the sun", "build castles in the sand"),
+        (150, 205, 240),
+        (235, 215, 165),
+    ),
+    "office": Kind(
+        (("laptop", "printer", "telephone"), ("briefcase", "calendar", "clock"), ("scissors", "paperclip", "chair")),
+        ("cup", "houseplant", "book", "window", "bulb", "door", "newspaper"),
+        ("write reports", "attend a meeting", "answer calls"),
+        (215, 218, 222),
+        (140, 145, 155),
+    ),
+    "park": Kind(
+        (("tree", "bird", "butterfly"), ("dog", "ball", "kite"), ("tulip", "rabbit", "bicycle")),
+        ("cat", "duck", "sunflower", "umbrella", "book", "scooter", "horse", "basket"),
+        ("take a walk", "have a picnic", "play outside"),
+        (185, 220, 245),
+        (110, 170, 95),
+    ),
 }
 GROUP_ON, IN_GROUP, OUT_OF_GROUP, OCCASIONAL, RARE = 0.6, 0.85, 0.12, 0.13, 0.15
-FEWEST, MOST = 6, 9                                                        # objects in a picture
+FEWEST, MOST = 6, 9  # objects in a picture
 SIDES = {"small": (28, 32, 36), "medium": (46, 52, 58), "large": (70, 78, 86)}  # longest side of a sprite, pixels
-SMALL_BELOW, LARGE_FROM = 0.04, 0.10                                       # area share of the box: the size groups
-SNAP, OVERLAP = 8, 0.04                                                    # placement step (pixels); shared area allowed
+SMALL_BELOW, LARGE_FROM = 0.04, 0.10  # area share of the box: the size groups
+SNAP, OVERLAP = 8, 0.04  # placement step (pixels); shared area allowed
 
 
 @dataclass(frozen=True)
@@ -184,7 +267,9 @@ def crowd(rng: random.Random) -> Scene:
     return Scene(rng.choice(list(SCENES)), place(rng.sample(NAMES, rng.randint(8, 14)), rng, (0.6, 0.3, 0.1)))
 
 
-def place(names: list[str], rng: random.Random, weights: tuple[float, float, float] = (0.40, 0.38, 0.22)) -> tuple[Thing, ...]:
+def place(
+    names: list[str], rng: random.Random, weights: tuple[float, float, float] = (0.40, 0.38, 0.22)
+) -> tuple[Thing, ...]:
     """Put objects on an 8-pixel grid, large ones first; after 25 failed tries an object shrinks, after 60 it is left out."""
     placed: list[Thing] = []
     wanted = dict(zip(names, rng.choices(list(SIDES), weights, k=len(names)), strict=True))
@@ -256,7 +341,7 @@ def _sprite_shape(name: str) -> tuple[int, int]:
     return height, width
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _layer(name: str, width: int, height: int, flip: bool) -> tuple[np.ndarray, np.ndarray]:
     """(colour times alpha, 1 - alpha) of a sprite at one size, float32 (height, width, 3 or 1)."""
     sprite = _sprites()[name].resize((width, height), Image.Resampling.BILINEAR)
