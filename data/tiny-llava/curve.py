@@ -17,7 +17,7 @@ def save(work: Path, stages: tuple[str, ...], folder: Path) -> None:
     logs = [
         pd.read_csv(work / f"{stage}.csv").assign(stage=stage) for stage in stages if (work / f"{stage}.csv").exists()
     ]
-    table = pd.concat(logs)[["stage", "step", "seconds", "name", "value"]]
+    table = pd.concat(logs, ignore_index=True)[["stage", "step", "seconds", "name", "value"]]
     table.to_csv(folder / "training.csv", index=False, lineterminator="\n")
     shown = table[table["name"].str.contains("accuracy|held_out|oracle")].assign(minutes=table["seconds"] / 60)
     plt.rcParams["svg.hashsalt"] = "tiny-llava"
