@@ -464,6 +464,16 @@ def test_a_table_is_made_anew_when_a_file_changed_and_never_shared(tmp_path, tok
         datasets.load(root, tokenizer, samples=6)
 
 
+def test_a_kept_table_is_read_back_as_it_was(tmp_path, tokenizer, monkeypatch):
+    root = synthetic(tmp_path / "toy", pictures=3)
+    made = datasets.load(root, tokenizer, samples=6, cache=tmp_path)
+    monkeypatch.setattr(datasets, "_built", {})  # as in another process
+    monkeypatch.setattr(datasets, "long_context", lambda *args, **options: pytest.fail("made again"))
+    read = datasets.load(root, tokenizer, samples=6, cache=tmp_path)
+    pd.testing.assert_frame_equal(read, made)
+    assert read.attrs == made.attrs and read["relevance"].tolist() == made["relevance"].tolist()
+
+
 def test_grow_skips_what_does_not_fit_and_keeps_the_rest_in_order():
     units = [("a " * 70 + ".",), ("b " * 20 + ".",), ("Q?", "c " * 37 + ".", "d " * 30 + ".")]
     contexts = grow(units, [0, 60, 162], count_words)

@@ -7,6 +7,7 @@ context, which mentions none of their objects. Tokens are counted on the context
 """
 import hashlib
 import json
+import os
 import random
 import warnings
 from collections import Counter
@@ -29,15 +30,17 @@ __all__ = ["audit", "filler_only", "folder", "lexicon", "load", "long_context", 
 QUESTION = "Is the {name} in the image? (Please answer with yes or no.)"
 LENGTHS = (0, 500, 1000, 1500, 2000, 2500)
 DRAWS = 8  # sets of questions tried for a picture whose other text would not reach the longest context
+ENOUGH = 12  # characters of filler taken for each token wanted; a token has about four
 BATCH = 1000  # pictures whose text is held in memory at a time
 
 
 def load(name_or_root: str | Path, lvlm_or_tokenizer, samples: int = 600, lengths: Sequence[int] = LENGTHS,
-         questions: int = 6, seed: int = 0, context: str = "full") -> pd.DataFrame:
+         questions: int = 6, seed: int = 0, context: str = "full", cache: str | Path | None = None) -> pd.DataFrame:
     """The sample table of "emoji-world", or of a folder that holds svit/ and vg/ (and, if any, world and labels.json).
 
     samples: questions at each length, so samples / questions pictures. context: "full", or "filler" for the control
-    whose contexts hold filler sentences only. Raises FileNotFoundError for an unknown name.
+    whose contexts hold filler sentences only. cache: a folder that keeps finished tables; one is read back only while
+    the data, the tokenizer and all settings are the same. Raises FileNotFoundError for an unknown name.
     """
     root = ROOT / "data" / "emoji-world" if name_or_root == "emoji-world" else Path(name_or_root)
     lacking = [part for part in ("svit", "vg") if not (root / part).is_dir()]
@@ -49,20 +52,35 @@ def load(name_or_root: str | Path, lvlm_or_tokenizer, samples: int = 600, length
     if samples < questions or samples % questions:
         raise ValueError(f"samples ({samples}) must be a multiple of questions per picture ({questions})")
     tokenizer = _tokenizer(lvlm_or_tokenizer)
-    key = (str(root.resolve()), _state(root, tokenizer), samples, tuple(lengths), questions, seed, context)
+    settings = (str(root.resolve()), _state(root, tokenizer), samples, tuple(lengths), questions, seed, context)
+    key = hashlib.sha256(repr(settings).encode()).hexdigest()[:24]
+    file = None if cache is None else Path(cache) / "samples" / f"{key}.parquet"
+    if key not in _built and file is not None and file.is_file():
+        _built[key] = _read(file)
     if key not in _built:
-        world, labels = (json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-                         for file in (root / "world.json", root / "labels.json"))
+        world, labels = (json.loads(part.read_text(encoding="utf-8")) if part.is_file() else None
+                         for part in (root / "world.json", root / "labels.json"))
         if context == "full":
             _built[key] = long_context(root / "svit", root / "vg", tokenizer, lengths=lengths, seed=seed, world=world,
                                        pictures=samples // questions, questions=questions, labels=labels)
         else:
-            full = load(root, tokenizer, samples, lengths, questions, seed)
+            full = load(root, tokenizer, samples, lengths, questions, seed, cache=cache)
             _built[key] = filler_only(full, root / "svit", root / "vg", tokenizer, labels=labels, world=world, seed=seed)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+            _built[key].to_parquet(part)
+            os.replace(part, file)  # whole or not at all
     return _built[key].copy()
 
 
-_built: dict[tuple, pd.DataFrame] = {}  # tables of this process: variants of a model often share one tokenizer
+_built: dict[str, pd.DataFrame] = {}  # tables of this process: variants of a model often share one tokenizer
+
+
+def _read(file: Path) -> pd.DataFrame:
+    table = pd.read_parquet(file)
+    table["relevance"] = [None if spans is None else [dict(span) for span in spans] for spans in table["relevance"]]
+    return table
 
 
 def _state(root: Path, tokenizer) -> str:
@@ -215,10 +233,14 @@ def filler_only(samples: pd.DataFrame, svit_dir: str | Path, vg_dir: str | Path,
         rng.shuffle(own)
         rng.shuffle(others)
         asked, used, units = words.only(set(rows["target"])), set(), []
+        enough = ENOUGH * lengths[-1]
         for unit in own + others:
+            if enough < 0:
+                break
             if not used.intersection(unit) and not asked.find(" ".join(unit)):
                 units.append(unit)
                 used.update(unit)
+                enough -= len(" ".join(unit))
         contexts = grow(units, lengths, count)
         if contexts is None:
             raise ValueError(f"image_id {image_id}: {len(units)} distinct filler passages do not reach {lengths[-1]} "

@@ -28,16 +28,19 @@ def grow(units: Sequence[Unit], lengths: Sequence[int], count: Callable[[list[st
     total, contexts = 0, {}
     for length in sorted(lengths):
         low, high = length * (1 - TOLERANCE), length * (1 + TOLERANCE)
+        counted = -1  # chunks in the context when `total` was last a true count
         while length:
             taken = _nearer(queue, size, length - total) if total >= low else _next(
                 queue, size, low - total, length - total, high - total)
-            if not taken:
+            context += [sentence for chunk in taken or () for sentence in chunk]
+            total += sum(map(size, taken or ()))
+            if total >= low and (counted < 0 or not taken):
+                total, before = count([" ".join(context)])[0], total
+                if not taken and (total == before or counted == len(context)):
+                    break
+                counted = len(context)
+            elif not taken:
                 break
-            for chunk in taken:
-                context += chunk
-                total += size(chunk)
-            if total >= low:
-                total = count([" ".join(context)])[0]
         if not low <= total <= high:  # too little text, or a tokenizer in which sizes do not add up
             return None
         contexts[length] = tuple(context)
