@@ -5,9 +5,7 @@ n_context_tokens, relevance, n_objects (missing values are NaN or None). The sam
 contexts are nested, so that length is not confounded with difficulty. All questions about one picture share one
 context, which mentions none of their objects. Tokens are counted on the context string alone, without special tokens.
 """
-import hashlib
 import json
-import os
 import random
 import warnings
 from collections import Counter
@@ -18,8 +16,9 @@ import pandas as pd
 
 from lvlm_utils import ROOT
 
+from . import kept
 from .asking import NEGATIVES, Asker, size_group
-from .contexts import grow
+from .contexts import grow, token_counter
 from .leaks import audit, lexicon, mentions, sentences
 from .questions import folder, pope
 from .readers import Dialogue, Picture, Unit, object_alias, picture_file, plain_boxes, svit, visual_genome
@@ -52,11 +51,10 @@ def load(name_or_root: str | Path, lvlm_or_tokenizer, samples: int = 600, length
     if samples < questions or samples % questions:
         raise ValueError(f"samples ({samples}) must be a multiple of questions per picture ({questions})")
     tokenizer = _tokenizer(lvlm_or_tokenizer)
-    settings = (str(root.resolve()), _state(root, tokenizer), samples, tuple(lengths), questions, seed, context)
-    key = hashlib.sha256(repr(settings).encode()).hexdigest()[:24]
+    key = kept.key(root, tokenizer, samples, tuple(lengths), questions, seed, context)
     file = None if cache is None else Path(cache) / "samples" / f"{key}.parquet"
     if key not in _built and file is not None and file.is_file():
-        _built[key] = _read(file)
+        _built[key] = kept.read(file)
     if key not in _built:
         world, labels = (json.loads(part.read_text(encoding="utf-8")) if part.is_file() else None
                          for part in (root / "world.json", root / "labels.json"))
@@ -65,40 +63,19 @@ def load(name_or_root: str | Path, lvlm_or_tokenizer, samples: int = 600, length
                                        pictures=samples // questions, questions=questions, labels=labels)
         else:
             full = load(root, tokenizer, samples, lengths, questions, seed, cache=cache)
-            _built[key] = filler_only(full, root / "svit", root / "vg", tokenizer, labels=labels, world=world, seed=seed)
+            _built[key] = filler_only(full, root / "svit", root / "vg", tokenizer, labels=labels, world=world,
+                                      seed=seed)
         if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-            _built[key].to_parquet(part)
-            os.replace(part, file)  # whole or not at all
+            kept.write(_built[key], file)
     return _built[key].copy()
 
 
 _built: dict[str, pd.DataFrame] = {}  # tables of this process: variants of a model often share one tokenizer
 
 
-def _read(file: Path) -> pd.DataFrame:
-    table = pd.read_parquet(file)
-    table["relevance"] = [None if spans is None else [dict(span) for span in spans] for spans in table["relevance"]]
-    return table
-
-
-def _state(root: Path, tokenizer) -> str:
-    """Changes with the tokenizer and with any file of the data set."""
-    files = sorted(file for folder in (root, root / "svit", root / "vg") for file in folder.glob("*.*"))
-    words = tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "is_fast", False) else str(id(tokenizer))
-    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(f"{words}{stamps}".encode()).hexdigest()
-
-
 def _tokenizer(lvlm_or_tokenizer):
     processor = getattr(lvlm_or_tokenizer, "processor", lvlm_or_tokenizer)
     return getattr(processor, "tokenizer", processor)
-
-
-def token_counter(tokenizer) -> Callable[[list[str]], list[int]]:
-    """A function that counts the tokens of each text, special tokens left out."""
-    return lambda texts: [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
 def long_context(svit_dir: str | Path, vg_dir: str | Path, tokenizer, *, lengths: Sequence[int] = LENGTHS,

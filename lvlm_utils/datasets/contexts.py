@@ -6,6 +6,11 @@ from .readers import Unit
 TOLERANCE = 0.03
 
 
+def token_counter(tokenizer) -> Callable[[list[str]], list[int]]:
+    """A function that counts the tokens of each text, special tokens left out."""
+    return lambda texts: [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
 def grow(units: Sequence[Unit], lengths: Sequence[int], count: Callable[[list[str]], list[int]]
          ) -> dict[int, Unit] | None:
     """length -> the sentences of its context (joined by one space); the longer begins with the shorter.
