@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 
 import pandas as pd
 import pytest
@@ -172,8 +173,25 @@ def test_two_processes_share_the_pictures(tiny, images, tmp_path):
         )
         for rank in ("0", "1")
     ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
     expected = ask(tiny, samples)
     for rank in ("0", "1"):
         same(pd.read_pickle(f"{out}{rank}"), expected)
     assert len(pd.read_parquet(out)) == len(samples)
+
+
+def test_a_process_that_starts_late_leaves_no_picture_out(tiny, images, tmp_path, monkeypatch):
+    """Each of two processes asks its own pictures, whatever rows of the other it finds on disk."""
+    samples, asked = table(images, (0,)), []
+    state = types.SimpleNamespace(process_index=0, num_processes=2, wait_for_everyone=lambda: None)
+    monkeypatch.setattr(evaluate, "_processes", lambda lvlm: state)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda rows: asked.extend(rows) or list(asked))
+    monkeypatch.setattr(evaluate.Store, "finish", lambda self: None)  # rank 0 is not done while the other runs
+    for rank in (0, 1):
+        state.process_index = rank
+        if rank == 0:
+            with pytest.raises((ValueError, TypeError)):  # nothing of rank 1 has arrived yet
+                evaluate.answer(tiny, samples, out=tmp_path / "results.parquet", progress=False)
+        else:
+            results = evaluate.answer(tiny, samples, out=tmp_path / "results.parquet", progress=False)
+    assert len(asked) == len(samples) and results["raw"].notna().all()

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import sys
 from collections import Counter
 
@@ -84,7 +85,7 @@ def test_talk_skips_objects_and_brings_new_ones_late():
         units, seen = [], Counter()
         for unit in text.Talk(scene, rng, skip).stream():
             units.append(unit)
-            seen.update(name for name in world.NAMES if f" {name}" in unit.lower())
+            seen.update(name for name in world.NAMES if re.search(rf"\b{name}\b", unit))
             if len(units) == 30:
                 early.append(len(set(seen) & scene.names))
             if len(units) == 150:

@@ -80,6 +80,8 @@ def train(
 
 def _forget_after(log: Path, step: int) -> None:
     """Drop the log of steps that were lost with the kill: they are about to be done again."""
+    if not log.exists():  # killed before the first row
+        return
     with log.open(newline="") as file:
         header, *rows = csv.reader(file)
     with log.open("w", newline="") as file:

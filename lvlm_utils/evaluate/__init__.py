@@ -64,8 +64,10 @@ def answer(
     stale = store.drop_stale(wanted)
     if stale and rank == 0:
         tqdm.write(f"{Path(out).name}: {stale} stale rows dropped, because the model or the data changed.", sys.stderr)
-    todo = wanted[~wanted["key"].isin(store.table["key"])].drop_duplicates("key")
-    pictures = [rows for _, rows in todo.groupby("picture", sort=False)][rank::processes]
+    # split before looking at what is done: a process that starts late may already see rows of another
+    mine = [rows for _, rows in wanted.drop_duplicates("key").groupby("picture", sort=False)][rank::processes]
+    left = [rows[~rows["key"].isin(store.table["key"])] for rows in mine]
+    pictures = [rows for rows in left if len(rows)]
     chunk = max(4, batch_size)  # pictures between two writes to disk
     fresh: list[dict] = []
     with tqdm(total=len(pictures), unit="picture", disable=not progress or rank > 0 or not pictures) as bar:
