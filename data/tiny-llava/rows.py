@@ -1,6 +1,6 @@
 """Training rows: one prefix (picture and context), many questions about it, none of which sees another.
 
-A row has P prefix tokens and S branch tokens. Each branch (a question, or a caption) sees the prefix up to its own cut and itself,
+A row has P prefix tokens and S branch tokens. Each branch (a question) sees the prefix up to its own cut and itself,
 exactly as when it is asked alone; so one long context trains its questions at many lengths, and no answer leaks into the next.
 """
 

@@ -29,7 +29,6 @@ __all__ = ["audit", "filler_only", "folder", "lexicon", "load", "long_context", 
 QUESTION = "Is the {name} in the image? (Please answer with yes or no.)"
 LENGTHS = (0, 500, 1000, 1500, 2000, 2500)
 DRAWS = 8  # sets of questions tried for a picture whose other text would not reach the longest context
-ENOUGH = 12  # characters of filler taken for each token wanted; a token has about four
 BATCH = 1000  # pictures whose text is held in memory at a time
 
 
@@ -210,14 +209,10 @@ def filler_only(samples: pd.DataFrame, svit_dir: str | Path, vg_dir: str | Path,
         rng.shuffle(own)
         rng.shuffle(others)
         asked, used, units = words.only(set(rows["target"])), set(), []
-        enough = ENOUGH * lengths[-1]
         for unit in own + others:
-            if enough < 0:
-                break
             if not used.intersection(unit) and not asked.find(" ".join(unit)):
                 units.append(unit)
                 used.update(unit)
-                enough -= len(" ".join(unit))
         contexts = grow(units, lengths, count)
         if contexts is None:
             raise ValueError(f"image_id {image_id}: {len(units)} distinct filler passages do not reach {lengths[-1]} "
