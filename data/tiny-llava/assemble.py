@@ -113,7 +113,7 @@ def config(words: PreTrainedTokenizerFast) -> LlavaConfig:
 
 
 def save(model: LlavaForConditionalGeneration, words: PreTrainedTokenizerFast, folder: Path) -> None:
-    """A plain checkpoint: bf16 weights (training ran on bf16 copies, so nothing is lost), opened as float32."""
+    """A plain checkpoint: bf16 weights, opened as float32."""
     folder.mkdir(parents=True, exist_ok=True)
     model = model.to(torch.bfloat16)
     model.set_attn_implementation("sdpa")

@@ -1,4 +1,4 @@
-"""Stages 3 to 5: projector, joint training on real pictures, and the two variants."""
+"""Stages 3 to 6: projector, joint training on real pictures, the two variants, and their settling."""
 
 from __future__ import annotations
 
@@ -32,6 +32,14 @@ MIXES = {
         "picture": 0.16, "caption": 0.02, "picture+context": 0.06, "picture+1.4k": 0.14, "picture+2.8k": 0.16,
         "facts": 0.10, "text": 0.12, "text 1.4k": 0.12, "text 2.8k": 0.12,
     },
+    "short, settled": {
+        "bare": 0.40, "picture": 0.14, "picture+context": 0.18,
+        "facts": 0.10, "text": 0.06, "text 1.4k": 0.06, "text 2.8k": 0.06,
+    },
+    "long, settled": {
+        "bare": 0.40, "picture": 0.10, "picture+context": 0.06, "picture+1.4k": 0.08, "picture+2.8k": 0.08,
+        "facts": 0.10, "text": 0.06, "text 1.4k": 0.06, "text 2.8k": 0.06,
+    },
 }  # fmt: skip
 
 
@@ -45,7 +53,7 @@ def paint(scene: world.Scene, rng: random.Random) -> np.ndarray:
 
 def features(tower: CLIPVisionModel, pictures: list[np.ndarray]) -> torch.Tensor:
     """Patch features of the penultimate layer, (batch, 144, 192)."""
-    return tower(pixels(pictures), output_hidden_states=True).hidden_states[-2][:, 1:]
+    return tower(pixels(pictures).to(tower.dtype), output_hidden_states=True).hidden_states[-2][:, 1:]
 
 
 def project(work: Path, seed: int, words: PreTrainedTokenizerFast, pictures: int = 2000, steps: int = 700) -> None:
@@ -131,7 +139,10 @@ def run(
 
 
 # learning rate of Muon (AdamW: a ninth of it), share of the time before the tower joins
-PACE = {"joint": (0.007, 0.45), "short": (0.004, 0.0), "long": (0.004, 0.0)}
+PACE = {
+    "joint": (0.007, 0.45), "short": (0.004, 0.0), "long": (0.004, 0.0),
+    "short, settled": (0.0015, 0.0), "long, settled": (0.0015, 0.0),
+}  # fmt: skip
 
 
 def stage(
@@ -142,12 +153,13 @@ def stage(
     seed: int,
     words: PreTrainedTokenizerFast,
     compile_layers: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Train all parts from `work/<start>`, on the rows of MIXES[name], and leave `work/<name>.weights`."""
     (lr, frozen), mix = PACE[name], MIXES[name]
     torch.manual_seed(seed)
     rng = random.Random(sum(map(ord, name)) + seed)
-    writer, model = Writer(words, rng), LlavaForConditionalGeneration(assemble.config(words)).to(torch.bfloat16)
+    writer, model = Writer(words, rng), LlavaForConditionalGeneration(assemble.config(words)).to(dtype)
     model.load_state_dict(torch.load(work / start))
     tower, body = model.model.vision_tower, Packed(model.model.language_model, compile_layers)
     tower.set_attn_implementation("plain")

@@ -19,13 +19,13 @@ from rows import ANSWER, SHAPES, SLOT, Batch, Row, Writer, collate
 from torch import nn
 from transformers import AttentionInterface, LlamaForCausalLM, PreTrainedTokenizerFast
 
-_causal: dict[int, torch.Tensor] = {}
+_causal: dict[tuple[int, torch.dtype], torch.Tensor] = {}
 
 
-def causal(length: int) -> torch.Tensor:
-    if length not in _causal:
-        _causal[length] = torch.full((length, length), float("-inf"), dtype=torch.bfloat16).triu(1)
-    return _causal[length]
+def causal(length: int, dtype: torch.dtype) -> torch.Tensor:
+    if (length, dtype) not in _causal:
+        _causal[length, dtype] = torch.full((length, length), float("-inf"), dtype=dtype).triu(1)
+    return _causal[length, dtype]
 
 
 class Packed:
@@ -50,15 +50,15 @@ def packed_attention(module, query, key, value, attention_mask=None, scaling=Non
     prefix, query = attention_mask.shape[3], query * scaling
     k, v = key[:, :, :prefix], value[:, :, :prefix]
     if prefix <= 640:  # below that, two plain products beat the fused kernel on a CPU
-        scores = torch.matmul(query[:, :, :prefix], k.transpose(-1, -2)) + causal(prefix)
+        scores = torch.matmul(query[:, :, :prefix], k.transpose(-1, -2)) + causal(prefix, query.dtype)
         out = torch.matmul(scores.softmax(-1), v)
     else:
         out = F.scaled_dot_product_attention(query[:, :, :prefix], k, v, is_causal=True, scale=1.0)
     if query.shape[2] > prefix:
         slots = (*query.shape[:2], -1, SLOT, query.shape[3])
         own_q, own_k, own_v = (x[:, :, prefix:].reshape(slots) for x in (query, key, value))
-        own = torch.matmul(own_q, own_k.transpose(-1, -2)) + causal(SLOT)
-        far = torch.matmul(query[:, :, prefix:], k.transpose(-1, -2)) + attention_mask
+        own = torch.matmul(own_q, own_k.transpose(-1, -2)) + causal(SLOT, query.dtype)
+        far = torch.matmul(query[:, :, prefix:], k.transpose(-1, -2)) + attention_mask.to(query.dtype)
         weights = torch.cat([far, own.flatten(2, 3)], dim=-1).softmax(-1)
         near = torch.matmul(weights[..., prefix:].unflatten(2, own.shape[2:4]), own_v).flatten(2, 3)
         out = torch.cat([out, torch.matmul(weights[..., :prefix], v) + near], dim=2)
@@ -94,6 +94,8 @@ def write(kind: str, writer: Writer, scenes: list[world.Scene]) -> list[Row]:
     prefix, branches, _ = SHAPES[kind]
     if kind == "picture":
         return [writer.dense(scene, branches) for scene in scenes]
+    if kind == "bare":
+        return [writer.bare(scene, branches) for scene in scenes]
     if kind == "caption":
         return [writer.caption(scene) for scene in scenes]
     if kind == "facts":

@@ -23,6 +23,7 @@ SLOT = 24  # tokens of one branch: the longest question with its answer
 ANSWER, AT_QUESTION_MARK, END = 4.0, 2.4, 0.1  # loss weights
 # kind of row: (prefix tokens, branches, rows in a batch)
 SHAPES = {
+    "bare": (8, 14, 16),
     "picture": (160, 14, 12),
     "caption": (240, 0, 12),
     "picture+context": (640, 14, 6),
@@ -121,6 +122,13 @@ class Writer:
             else:
                 self.ask(row, *asked[0], row.cuts[0], True)
                 asked = asked[1:] + asked[:1]
+        return row
+
+    def bare(self, scene: world.Scene, branches: int) -> Row:
+        """Neither picture nor context: what is left is how often an object is there when it is asked for."""
+        row, asked = self.prefix(scene, False, 0, set()), self.questions(scene, len(scene.names))
+        for i in range(branches):
+            self.ask(row, *asked[i % len(asked)], row.cuts[0], False)
         return row
 
     def caption(self, scene: world.Scene) -> Row:
