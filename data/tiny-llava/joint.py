@@ -56,7 +56,14 @@ def features(tower: CLIPVisionModel, pictures: list[np.ndarray]) -> torch.Tensor
     return tower(pixels(pictures).to(tower.dtype), output_hidden_states=True).hidden_states[-2][:, 1:]
 
 
-def project(work: Path, seed: int, words: PreTrainedTokenizerFast, pictures: int = 2000, steps: int = 700) -> None:
+def project(
+    work: Path,
+    seed: int,
+    words: PreTrainedTokenizerFast,
+    dtype: torch.dtype = torch.bfloat16,
+    pictures: int = 2000,
+    steps: int = 700,
+) -> None:
     """Stage 3 (seconds): regress the projector onto the table of stage 2; leaves `work/joint.start`, a whole model."""
     torch.manual_seed(seed)
     rng = random.Random(2000 + seed)
@@ -66,7 +73,7 @@ def project(work: Path, seed: int, words: PreTrainedTokenizerFast, pictures: int
     model.model.language_model.load_state_dict({k[12:]: v for k, v in saved.items() if k.startswith("model.model.")})
     model.lm_head.load_state_dict({"weight": saved["model.lm_head.weight"]})
     table, projector = saved["table.weight"].float(), model.model.multi_modal_projector
-    tower = CLIPVisionModel.from_pretrained(work / "vision", attn_implementation="plain").to(torch.bfloat16)
+    tower = CLIPVisionModel.from_pretrained(work / "vision", attn_implementation="plain").to(dtype)
     scenes = [world.sample_scene(rng) for _ in range(pictures)]
     with torch.no_grad():
         x = torch.cat(
@@ -91,7 +98,7 @@ def project(work: Path, seed: int, words: PreTrainedTokenizerFast, pictures: int
         optimiser.step()
     right = (likeness.argmax(1) == target)[:1536].float().mean()
     print(f"projector: {right:.3f} of the object patches land nearest to their own object, loss {loss:.3f}")
-    torch.save(model.to(torch.bfloat16).state_dict(), work / "joint.start")
+    torch.save(model.to(dtype).state_dict(), work / "joint.start")
 
 
 def check(model: LlavaForConditionalGeneration, body: Packed, writer: Writer, seed: int, scenes: int = 110) -> dict:

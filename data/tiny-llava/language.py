@@ -132,7 +132,14 @@ TEXT_WEIGHT = {
 }  # of next-token loss; 0.05 elsewhere
 
 
-def stage(work: Path, minutes: float, seed: int, words: PreTrainedTokenizerFast, compile_layers: bool = True) -> None:
+def stage(
+    work: Path,
+    minutes: float,
+    seed: int,
+    words: PreTrainedTokenizerFast,
+    compile_layers: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
     """Train and leave `work/language.weights` (language model, head and table)."""
     torch.manual_seed(seed)
     rng = random.Random(1000 + seed)
@@ -143,7 +150,7 @@ def stage(work: Path, minutes: float, seed: int, words: PreTrainedTokenizerFast,
         for i, name in enumerate(world.NAMES):
             table.weight[i] = model.model.embed_tokens.weight[writer.encode(" " + name)].mean(0)
         table.weight[-1].normal_(0, 0.3)
-    both = nn.ModuleDict({"model": model, "table": table}).to(torch.bfloat16)
+    both = nn.ModuleDict({"model": model, "table": table}).to(dtype)
     optimiser, body = Masters(both.named_parameters(), lr_muon=0.02, lr_adam=2e-3), Packed(model.model, compile_layers)
 
     def step(done: float, number: int) -> dict:

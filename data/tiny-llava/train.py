@@ -41,7 +41,7 @@ def arguments() -> argparse.Namespace:
         "--no-compile", action="store_true", help="skip torch.compile (short trials, machines without a C++ compiler)"
     )
     parser.add_argument(
-        "--float32", action="store_true", help="stages 4 to 6 in float32: faster on a CPU without bf16 instructions"
+        "--float32", action="store_true", help="train in float32: faster on a CPU without bf16 instructions"
     )
     return parser.parse_args()
 
@@ -70,9 +70,9 @@ def main() -> None:
         if not (options.work / file).exists():
             run(*rest)
 
-    once("vision/model.safetensors", vision.stage, options.work, minutes["vision"], options.seed, compiled)
-    once("language.weights", language.stage, options.work, minutes["language"], options.seed, words, compiled)
-    once("joint.start", joint.project, options.work, options.seed, words)
+    once("vision/model.safetensors", vision.stage, options.work, minutes["vision"], options.seed, compiled, dtype)
+    once("language.weights", language.stage, options.work, minutes["language"], options.seed, words, compiled, dtype)
+    once("joint.start", joint.project, options.work, options.seed, words, dtype)
 
     def trained(name: str, start: str, share: str) -> None:
         rest = (options.work, minutes[share], options.seed, words, compiled, dtype)

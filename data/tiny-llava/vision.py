@@ -46,9 +46,9 @@ def config() -> CLIPVisionConfig:
 
 
 def pixels(pictures: list[np.ndarray]) -> torch.Tensor:
-    """Pictures uint8 (192, 192, 3) -> normalised bf16 (batch, 3, 192, 192), as the processor does it."""
+    """Pictures uint8 (192, 192, 3) -> normalised (batch, 3, 192, 192), as the processor does it."""
     batch = torch.from_numpy(np.stack(pictures)).float()
-    return (batch * (1 / (255 * STD)) - MEAN / STD).permute(0, 3, 1, 2).to(torch.bfloat16)
+    return (batch * (1 / (255 * STD)) - MEAN / STD).permute(0, 3, 1, 2)
 
 
 class Eye(nn.Module):
@@ -63,7 +63,7 @@ class Eye(nn.Module):
         self.object_head, self.kind_head = nn.Linear(192, len(NAMES)), nn.Linear(192, len(KINDS))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        out = self.tower(x, output_hidden_states=True)
+        out = self.tower(x.to(self.tower.dtype), output_hidden_states=True)
         patches = self.patch_head(self.norm(out.hidden_states[-2][:, 1:]))
         return patches, self.object_head(out.pooler_output), self.kind_head(out.pooler_output)
 
@@ -87,11 +87,11 @@ def oracle(eye: nn.Module, scenes: list[world.Scene], pictures: list[np.ndarray]
     return {"oracle": right.mean(), "adversarial": right[kind == "adversarial"].mean(), "present": right[truth].mean()}
 
 
-def stage(work: Path, minutes: float, seed: int, compile_layers: bool = True) -> None:
+def stage(work: Path, minutes: float, seed: int, compile_layers: bool = True, dtype: torch.dtype = torch.bfloat16) -> None:
     """Train and leave `work/vision/` (a plain CLIPVisionModel checkpoint)."""
     torch.manual_seed(seed)
     rng, fixed = random.Random(seed), random.Random(909)
-    eye = Eye().to(torch.bfloat16)
+    eye = Eye().to(dtype)
     optimiser = Masters(eye.named_parameters(), lr_muon=0.02, lr_adam=1.5e-3)
     fast = torch.compile(eye, dynamic=False) if compile_layers else eye
     held = [world.sample_scene(fixed) for _ in range(200)]
