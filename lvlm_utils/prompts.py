@@ -9,24 +9,10 @@ from PIL import Image, UnidentifiedImageError
 from transformers import BatchFeature
 
 from lvlm_utils.models import LVLM
+from lvlm_utils.token_groups import Rendered, TokenGroups, inside, token_groups
 
 Picture = Image.Image | str | Path
-
-
-@dataclass
-class TokenGroups:
-    """Bool masks (batch, tokens). system, visual, context and question partition the real (not padding) tokens.
-
-    system is the chat template (role names, newline, BOS); text is everything real that is not visual; last is the
-    token whose prediction is the answer (it also belongs to system).
-    """
-
-    system: torch.Tensor
-    visual: torch.Tensor
-    context: torch.Tensor
-    question: torch.Tensor
-    text: torch.Tensor
-    last: torch.Tensor
+MARK = "\ue000"  # stands for the user's text to see what a template writes around it; no script uses this character
 
 
 @dataclass
@@ -36,29 +22,13 @@ class Prompt:
     groups: TokenGroups
 
 
-@dataclass
-class Rendered:
-    """One prompt as text, with the half-open character spans of its context and question (None where empty)."""
-
-    text: str
-    spans: dict[str, tuple[int, int]]
-
-    def expanded(self, image_token: str, replacement: str | None) -> "Rendered":
-        """The same with the picture's placeholder repeated as the processor does; spans moved along."""
-        if replacement is None:
-            return self
-        at = self.text.index(image_token)
-        grown = len(replacement) - len(image_token)
-        moved = {k: (a + grown, b + grown) if a > at else (a, b) for k, (a, b) in self.spans.items()}
-        return Rendered(self.text[:at] + replacement + self.text[at + len(image_token) :], moved)
-
-
 def open_image(source: Picture) -> Image.Image:
     """The picture as RGB, fully decoded. FileNotFoundError for a missing file, ValueError for an unreadable one."""
     if isinstance(source, Image.Image):
         return source.convert("RGB")
     if not isinstance(source, str | Path):
-        raise ValueError(f"A picture is a path or a PIL image, not {type(source).__name__}.")
+        kind = type(source).__name__
+        raise ValueError(f"A picture is a path or a PIL image, not {kind}; several of one prompt are a tuple.")
     if str(source).startswith(("http://", "https://")):
         raise ValueError(f"{source} is a URL: download the picture and give its path.")
     if not Path(source).is_file():
@@ -75,35 +45,48 @@ def blank(image: Image.Image, colour: str) -> Image.Image:
     return Image.new("RGB", image.size, colour)
 
 
-def render(lvlm: LVLM, has_image: bool, context: str, question: str) -> Rendered:
-    """The chat template filled with `context` + " " + `question`. ValueError if the text holds the placeholder."""
+def render(lvlm: LVLM, images: int, context: str, question: str, videos: int = 0) -> Rendered:
+    """The chat template filled with pictures, videos, and `context` + " " + `question`.
+
+    ValueError if the text holds a placeholder, or if the template cannot show these inputs or changes the text.
+    """
     if not isinstance(context, str) or not isinstance(question, str):
         raise ValueError(f"context and question are text, not {type(context).__name__} and {type(question).__name__}.")
-    user = f"{context} {question}" if context and question else context + question
-    if lvlm.processor.image_token in user:
-        raise ValueError(f"The text contains the placeholder {lvlm.processor.image_token!r}: remove or rewrite it.")
-    if lvlm.processor.chat_template is None:
+    processor = lvlm.processor
+    if getattr(processor, "image_token", None) is None:
+        raise ValueError(f"The processor of {lvlm.name} has no placeholder for a picture: build its inputs yourself.")
+    if processor.chat_template is None:
         raise ValueError(f"The processor of {lvlm.name} has no chat template: set processor.chat_template first.")
-    content = [{"type": "image"}] * has_image + [{"type": "text", "text": user}]
-    text = lvlm.processor.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
-    start = text.rfind(user)
-    if start < 0:
+    user = f"{context} {question}" if context and question else context + question
+    wanted = {processor.image_token: int(images)}
+    if getattr(processor, "video_token", None):
+        wanted[processor.video_token] = videos
+    elif videos:
+        raise ValueError(f"{lvlm.name} takes no video: show its frames as pictures, image=(first, second, ...).")
+    for token in wanted:
+        if token in user:
+            raise ValueError(f"The text contains the placeholder {token!r}: remove or rewrite it.")
+    content = [{"type": "image"}] * images + [{"type": "video"}] * videos
+
+    def fill(text: str, opened: bool = True) -> str:
+        turn = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+        return processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=opened)
+
+    text, framed, closed = fill(user), fill(MARK), fill(MARK, opened=False)
+    before, _, after = framed.partition(MARK)
+    shown = next((t for t in (user, user.strip()) if text == before + t + after), None)
+    if shown is None:
         raise ValueError("The chat template changes the user's text, so its tokens cannot be located.")
-    end = start + len(user)
-    spans = {"context": (start, start + len(context)), "question": (end - len(question), end)}
+    if any(text.count(token) != number for token, number in wanted.items()):
+        found = ", ".join(f"{text.count(token)} of {number} {token}" for token, number in wanted.items())
+        raise ValueError(f"The chat template of {lvlm.name} does not show these pictures and videos, but {found}.")
+    skipped = 0 if shown == user else len(user) - len(user.lstrip())
+    edges = (0, len(context), len(user) - len(question), len(user))
+    edges = [len(before) + min(max(edge - skipped, 0), len(shown)) for edge in edges]
+    opening = len(framed) - len(closed) if framed.startswith(closed) else 0
+    answer = len(text) - (opening or len(after))
+    spans = {"context": (edges[0], edges[1]), "question": (edges[2], edges[3]), "answer": (answer, len(text))}
     return Rendered(text, {name: span for name, span in spans.items() if span[0] < span[1]})
-
-
-def inside(offsets: torch.Tensor, span: tuple[int, int] | None) -> torch.Tensor:
-    """Which tokens, given as character offsets (..., tokens, 2), end inside the half-open `span`.
-
-    A token of many tokenizers carries the space before its word, so the end of a token decides, not its start.
-    """
-    last = offsets[..., 1] - 1
-    real = offsets[..., 1] > offsets[..., 0]
-    return real & (last >= span[0]) & (last < span[1]) if span else torch.zeros_like(real)
 
 
 def tokenizer_options(lvlm: LVLM, text: str) -> dict:
@@ -120,16 +103,19 @@ def tokenizer_options(lvlm: LVLM, text: str) -> dict:
 
 def prompt(
     lvlm: LVLM,
-    image: Picture | None | Sequence[Picture | None],
+    image: Picture | tuple[Picture, ...] | None | list[Picture | tuple[Picture, ...] | None] = None,
     context: str | Sequence[str] = "",
     question: str | Sequence[str] = "",
+    video: tuple[Picture, ...] | None | list[tuple[Picture, ...] | None] = None,
 ) -> Prompt:
     """Model inputs and token groups of one prompt, or of a left-padded batch where any argument is a list.
 
-    A single value is used for every row. `image=None` gives a text-only prompt. Raises FileNotFoundError or ValueError
-    for a picture that is missing or unreadable, ValueError for a prompt longer than `lvlm.window`.
+    A single value is used for every row. A tuple of pictures shows several in one prompt, None shows none. `video` is a
+    tuple of frames, of which none is left out; they count as taken at the rate of the family's processor, or one a
+    second. Raises FileNotFoundError or ValueError for a picture that is missing or unreadable, ValueError for inputs
+    that the family cannot take and for a prompt longer than `lvlm.window`.
     """
-    made = assemble(lvlm, image, context, question)
+    made = assemble(lvlm, image, context, question, video)
     for length in made.inputs["attention_mask"].sum(-1).tolist():
         check_length(lvlm, length)
     return made
@@ -143,48 +129,74 @@ def check_length(lvlm: LVLM, tokens: int) -> None:
         )
 
 
-def assemble(lvlm: LVLM, image, context, question) -> Prompt:
+def assemble(lvlm: LVLM, image, context, question, video=None) -> Prompt:
     """`prompt` without its check of length."""
-    lists = [v for v in (image, context, question) if isinstance(v, list | tuple)]
-    rows = len(lists[0]) if lists else 1
-    if any(len(v) != rows for v in lists) or rows == 0:
-        raise ValueError(f"image, context and question differ in length, or are empty: {[len(v) for v in lists]}.")
-    images, contexts, questions = (
-        list(v) if isinstance(v, list | tuple) else [v] * rows for v in (image, context, question)
-    )
-    rendered = [render(lvlm, i is not None, c, q) for i, c, q in zip(images, contexts, questions, strict=True)]
-    inputs, expanded = _process(lvlm, images, rendered)
+    arguments = {"image": image, "context": context, "question": question, "video": video}
+    lists = {name: v for name, v in arguments.items() if isinstance(v, list)}
+    lists |= {k: list(v) for k, v in arguments.items() if isinstance(v, tuple) and k in ("context", "question")}
+    lengths = {name: len(v) for name, v in lists.items()}
+    rows = next(iter(lengths.values()), 1)
+    if set(lengths.values()) - {rows} or rows == 0:
+        raise ValueError(f"The lists differ in length, or are empty: {lengths}.")
+    images, contexts, questions, videos = (lists.get(name, [v] * rows) for name, v in arguments.items())
+    pictures = [_pictures(i) for i in images]
+    frames = [_frames(v) for v in videos]
+    rendered = [
+        render(lvlm, len(p), c, q, int(f is not None))
+        for p, c, q, f in zip(pictures, contexts, questions, frames, strict=True)
+    ]
+    inputs, replaced = _process(lvlm, pictures, frames, rendered)
     offsets = inputs.pop("offset_mapping")
-    groups = _groups(lvlm, inputs, offsets, expanded)
+    expanded = [r.expanded(found) for r, found in zip(rendered, replaced, strict=True)]
+    groups = token_groups(lvlm, inputs, offsets, expanded).to(lvlm.device)
     texts = [r.text for r in rendered]
     return Prompt(inputs.to(lvlm.device, lvlm.dtype), texts if lists else texts[0], groups)
 
 
-def _process(lvlm: LVLM, images: list, rendered: list[Rendered]) -> tuple[BatchFeature, list[Rendered]]:
-    """Run the processor on a batch; also returns the texts as it expanded them (one picture a row, or none)."""
-    pictures = [open_image(i) for i in images if i is not None]
-    inputs = lvlm.processor(
-        images=pictures or None, text=[r.text for r in rendered], padding=True, padding_side="left",
-        return_text_replacement_offsets=True, return_tensors="pt", **tokenizer_options(lvlm, rendered[0].text),
-    )  # fmt: skip
-    replaced = inputs.pop("text_replacement_offsets")
-    replacements = [r[0]["replacement"] if r else None for r in replaced]
-    token = lvlm.processor.image_token
-    return inputs, [r.expanded(token, new) for r, new in zip(rendered, replacements, strict=True)]
+def _pictures(image: Picture | tuple[Picture, ...] | None) -> list[Image.Image]:
+    if isinstance(image, tuple):
+        return [open_image(one) for one in image]
+    return [] if image is None else [open_image(image)]
 
 
-def _groups(lvlm: LVLM, inputs: BatchFeature, offsets: torch.Tensor, rendered: list[Rendered]) -> TokenGroups:
-    real = inputs["attention_mask"].bool()
-    visual = (inputs["input_ids"] == lvlm.image_token_id) & real
-    parts = {
-        name: torch.stack([inside(o, r.spans.get(name)) for o, r in zip(offsets, rendered, strict=True)]) & real
-        for name in ("context", "question")
-    }
-    last = torch.zeros_like(real)
-    last[:, -1] = True
-    system = real & ~visual & ~parts["context"] & ~parts["question"]
-    masks = {"system": system, "visual": visual, **parts, "text": real & ~visual, "last": last}
-    return TokenGroups(**{name: mask.to(lvlm.device) for name, mask in masks.items()})
+def _frames(video: tuple[Picture, ...] | None) -> list[Image.Image] | None:
+    if video is None:
+        return None
+    if not isinstance(video, tuple) or not video:
+        raise ValueError("A video is a tuple of frames (pictures or paths), at least one; a list of them is a batch.")
+    frames = [open_image(frame) for frame in video]
+    if len(sizes := {frame.size for frame in frames}) > 1:
+        raise ValueError(f"The frames of a video differ in size: {sorted(sizes)}.")
+    return frames
+
+
+def _process(
+    lvlm: LVLM, pictures: list[list[Image.Image]], frames: list[list[Image.Image] | None], rendered: list[Rendered]
+) -> tuple[BatchFeature, list[list[dict]]]:
+    """Run the processor on a batch; also returns for each row what it wrote for the placeholders, in their order."""
+    options: dict = {"images": pictures} if any(pictures) else {}
+    if videos := [video for video in frames if video is not None]:
+        processor = lvlm.processor.video_processor
+        if options and "pixel_values" in processor.model_input_names:
+            raise ValueError(f"{lvlm.name} has one place for pictures and videos: a batch shows either, not both.")
+        rate = getattr(processor, "fps", None) or 1
+        options |= {"videos": videos, "do_sample_frames": False, "video_metadata": [
+            {"total_num_frames": len(v), "fps": rate, "duration": len(v) / rate, "frames_indices": list(range(len(v)))}
+            for v in videos
+        ]}  # fmt: skip
+    tensors = {"return_tensors": "pt"}  # not for the text: some processors then stumble over a row without pictures
+    try:
+        inputs = lvlm.processor(
+            **options, text=[r.text for r in rendered], padding=True, padding_side="left", images_kwargs=tensors,
+            videos_kwargs=tensors, return_text_replacement_offsets=True,
+            **tokenizer_options(lvlm, rendered[0].text),
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        if len(lengths := {len(v) for v in videos}) > 1:
+            raise ValueError(f"{lvlm.name} takes no videos of {sorted(lengths)} frames in one batch.") from error
+        raise
+    replaced = inputs.pop("text_replacement_offsets", [[]] * len(rendered))
+    return inputs.convert_to_tensors("pt"), replaced
 
 
 @dataclass
@@ -198,20 +210,15 @@ class Encoded:
 
 def encode(lvlm: LVLM, image: Picture | None, rendered: Sequence[Rendered]) -> Encoded:
     """Tokenise many rendered prompts about one picture; the picture is processed once. No check of length."""
-    inputs, first = _process(lvlm, [image], rendered[:1])
-    token, replacement = lvlm.processor.image_token, None
-    if image is not None:
-        grown = len(first[0].text) - len(rendered[0].text) + len(token)
-        at = rendered[0].text.index(token)
-        replacement = first[0].text[at : at + grown]
-    expanded = [r.expanded(token, replacement) for r in rendered]
+    inputs, replaced = _process(lvlm, [_pictures(image)], [None], rendered[:1])
+    expanded = [r.expanded(replaced[0]) for r in rendered]
     batch = lvlm.tokenizer([r.text for r in expanded], **tokenizer_options(lvlm, rendered[0].text))
     n_context = [
         int(inside(torch.tensor(o), r.spans.get("context")).sum())
         for o, r in zip(batch["offset_mapping"], expanded, strict=True)
     ]
-    not_of_picture = ("input_ids", "attention_mask", "offset_mapping")
-    extras = {k: v for k, v in inputs.to(lvlm.device, lvlm.dtype).items() if k not in not_of_picture}
+    of_text = ("input_ids", "attention_mask", "offset_mapping", "mm_token_type_ids")
+    extras = {k: v for k, v in inputs.to(lvlm.device, lvlm.dtype).items() if k not in of_text}
     return Encoded(batch["input_ids"], n_context, extras)
 
 

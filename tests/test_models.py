@@ -1,14 +1,21 @@
 """Opening models: from memory, a folder, by name; and one clear error for what cannot be opened."""
 
+import json
 import shutil
-from types import SimpleNamespace
 
+import families
+import pandas as pd
 import pytest
 import torch
-from conftest import build
+from conftest import build, same
+from families import FAMILY_NAMES, IMAGE, inputs
+from processors import processor, tokenizer
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM, dynamic_module_utils
 
 import lvlm_utils as lv
 from lvlm_utils import models
+from lvlm_utils.evaluate import can_share
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +62,30 @@ def test_a_model_in_memory_keeps_its_dtype():
     assert lv.load(model.bfloat16(), processor).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("family", ["llava", "vipllava", "llava_next"])
-def test_families_know_their_parts(family):
-    lvlm = lv.load(*build(family=family))
-    assert lvlm.tower is lvlm.model.model.vision_tower
-    assert lvlm.projector is lvlm.model.model.multi_modal_projector
-    assert len(lvlm.decoder.layers) == 4
+TOWERS = {"video_llava": ("image", "video"), "deepseek_vl_hybrid": ("vision", "high_res")}
+# Their processor cannot be written to a folder without torchvision, which its videos need.
+WITH_VIDEO_PROCESSOR = ("internvl", "smolvlm", *families.VIDEO_FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_every_family_opens_from_memory_and_from_a_folder(family, tmp_path):
+    model, made = families.build(family, layers=2, window=1234), processor(family)
+    held = lv.load(model, made)
+    assert held.model is model and models.bare(held) is model and models.bare(model) is model
+    model.save_pretrained(tmp_path)
+    given = made
+    if family not in WITH_VIDEO_PROCESSOR:
+        made.save_pretrained(tmp_path)
+        given = None
+    read = lv.load(tmp_path, given, device="cpu")
+    batch = inputs(model, batch=1)
+    with torch.inference_mode():
+        torch.testing.assert_close(read.model(**batch).logits, held.model(**batch).logits, atol=1e-5, rtol=0)
+    for lvlm in (held, read):
+        assert (lvlm.window, lvlm.image_token_id, lvlm.tokenizer.pad_token_id) == (1234, IMAGE, families.PAD)
+        towers = models.towers_of(lvlm.model)
+        assert tuple(towers) == TOWERS.get(family, ("vision",)) and lvlm.tower is next(iter(towers.values()))
+        assert len(lvlm.decoder.layers) == 2 and isinstance(lvlm.projector, torch.nn.Module)
 
 
 @pytest.mark.parametrize("name", ["tiny-lava", "/no/such/folder", "a/b/c"])
@@ -73,7 +98,7 @@ def test_a_hub_id_that_cannot_be_opened_says_so(monkeypatch):
     def offline(*_, **__):
         raise OSError("no such repository\nand a long explanation")
 
-    monkeypatch.setattr(models.AutoConfig, "from_pretrained", offline)
+    monkeypatch.setattr(models.PreTrainedConfig, "get_config_dict", offline)
     with pytest.raises(ValueError, match="'some/model' is no model.*cannot be opened: no such repository$"):
         lv.load("some/model")
 
@@ -90,11 +115,135 @@ def test_an_embedded_model_that_is_not_built(monkeypatch, tmp_path):
 
 
 def test_an_unknown_architecture_lists_the_known_ones(tmp_path):
+    known = f"Known: {', '.join(sorted(FAMILY_NAMES))}; as remote code also VideoLLaMA2, CogVLM, Qwen-VL"
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ValueError, match="Unknown architecture 'bert'. Known: llava, llava_next, vipllava"):
+    with pytest.raises(ValueError, match=f"Unknown architecture bert. {known}"):
         lv.load(tmp_path)
-    with pytest.raises(ValueError, match="'bert'"):
-        models._known_family(SimpleNamespace(model_type="bert"))
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, **small))
+    with pytest.raises(ValueError, match=f"Unknown architecture llama. {known}"):
+        lv.load(model, "processor")
+
+
+def test_what_is_no_model_is_refused_in_one_line(tiny):
+    for wrong, message in (
+        (tiny.processor, "Expected what lv.load returns or a transformers model, not .*Processor"),
+        (torch.nn.Linear(1, 1), "not Linear .peft: get_base_model"),
+        (tiny.model.model, "LlavaModel predicts no tokens: give the model with its language-modelling head"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lv.load(wrong, tiny.processor)
+        with pytest.raises(ValueError, match=message):
+            models.bare(wrong)
+    with pytest.raises(ValueError, match="A tuple is .model, processor., with nothing beside it"):
+        lv.load((tiny.model, tiny.processor), tiny.processor)
+    with pytest.raises(ValueError, match="str is no processor: it has no tokenizer"):
+        lv.load(tiny.model, "processor")
+
+
+def test_a_folder_without_a_processor_takes_the_given_one(tiny, tmp_path):
+    tiny.model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"give one: load\(name, processor\)"):
+        lv.load(tmp_path)
+    assert lv.load(tmp_path, tiny.processor).processor is tiny.processor
+
+
+def test_a_processor_that_lacks_a_package_says_which(folder, monkeypatch):
+    def lacking(*_, **__):
+        raise ImportError("\nSomeVideoProcessor requires the Torchvision library\nand a long explanation")
+
+    monkeypatch.setattr(models.AutoProcessor, "from_pretrained", lacking)
+    with pytest.raises(ImportError, match="processor in .*my-llava.*requires the Torchvision library$"):
+        lv.load(folder)
+
+
+def test_a_device_map_places_the_weights_and_nothing_moves_them(folder, tiny, monkeypatch):
+    placed = lv.load(folder, device_map="meta")  # weights on "meta" have no content, moving them would raise
+    assert placed.device.type == "meta" and placed.revision == lv.load(folder, device="cpu").revision
+    assert lv.load(folder, device_map="auto").device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(
+        ValueError, match=r"Offloaded weights cannot be identified: load by name, lv.load\(name, device_map"
+    ):
+        lv.load(placed.model, placed.processor)
+    for arguments in ({"name": folder, "device": "cpu"}, {"name": tiny.model, "processor": tiny.processor}):
+        with pytest.raises(ValueError, match="device_map places weights while they are read: not with device="):
+            lv.load(**arguments, device_map="auto")
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="device_map needs accelerate: pip install accelerate"):
+        lv.load(folder, device_map="auto")
+
+
+def test_the_window_comes_from_the_config_or_the_tokenizer(tiny, monkeypatch):
+    text = tiny.model.config.text_config
+    monkeypatch.setattr(text, "max_position_embeddings", 0)
+    monkeypatch.setattr(tiny.tokenizer, "model_max_length", 777)
+    assert lv.load(tiny.model, tiny.processor).window == 777
+    monkeypatch.setattr(tiny.tokenizer, "model_max_length", 10**30)
+    with pytest.raises(ValueError, match="longest prompt is not known: set max_position_embeddings"):
+        lv.load(tiny.model, tiny.processor)
+    monkeypatch.setattr(text, "seq_length", 99, raising=False)
+    assert lv.load(tiny.model, tiny.processor).window == 99
+
+
+# What a repository with code of its own looks like, as small as it can be.
+REMOTE_CODE = """
+import torch
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+
+class Config(PreTrainedConfig):
+    seq_length = 50
+
+class CogVLMForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = Config
+    def __init__(self, config):
+        super().__init__(config)
+        self.lm_head = torch.nn.Linear(2, 3)
+        self.post_init()
+    def get_output_embeddings(self):
+        return self.lm_head
+"""
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch):
+    """A folder of a family that transformers does not have, with its code beside the weights."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "cogvlm"
+    folder.mkdir()
+    (folder / "code.py").write_text(REMOTE_CODE)
+    classes = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.CogVLMForCausalLM"}
+    config = {"architectures": ["CogVLMForCausalLM"], "auto_map": classes, "hidden_size": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {"lm_head.weight": torch.zeros(3, 2), "lm_head.bias": torch.zeros(3)}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    tokenizer("llava").save_pretrained(folder)
+    return folder
+
+
+def test_remote_code_opens_only_when_trusted_and_with_a_warning(remote):
+    with pytest.raises(ValueError, match="authors' own code and is unverified here. Give trust_remote_code=True"):
+        lv.load(remote)
+    with pytest.warns(UserWarning, match="cogvlm runs its authors' own code and is unverified"):
+        lvlm = lv.load(remote, device="cpu", trust_remote_code=True)
+    assert (type(lvlm.model).__name__, lvlm.window, lvlm.image_token_id) == ("CogVLMForCausalLM", 50, None)
+    assert lvlm.tokenizer is lvlm.processor
+    assert not can_share(lvlm)
+
+
+ASKED_APART = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "video_llama_3")
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot share prefixes")
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_answers_are_those_of_separate_prompts(family, image):
+    lvlm = lv.load(families.build(family, layers=2, window=2048), processor(family))
+    assert can_share(lvlm) == (family not in ASKED_APART)
+    question = "Is the couch in the image?"
+    samples = pd.DataFrame({"image": [image] * 2, "context": ["", "Two books lie on the table."], "question": question})
+    shared = lv.answer(lvlm, samples, max_new_tokens=3, progress=False)
+    apart = lv.answer(lvlm, samples, max_new_tokens=3, progress=False, share=False, batch_size=1)
+    same(shared, apart)
+    assert (shared["n_prefill_tokens"].sum() < apart["n_prefill_tokens"].sum()) == can_share(lvlm)
 
 
 def test_only_safetensors_are_read(folder, tmp_path, tiny):

@@ -1,5 +1,6 @@
 """Prompts: token groups by character offsets, padding, pictures, generation; attention of the last token."""
 
+import processors
 import pytest
 import torch
 from conftest import QUESTION, build, picture, text_of
@@ -89,6 +90,92 @@ def test_bad_input_is_named(tiny, image):
         lv.prompt(tiny, [image, image], ["one"], "Is it?")
     with pytest.raises(ValueError, match="are text, not float"):
         lv.prompt(tiny, image, float("nan"), "Is it?")
+
+
+def test_a_tuple_of_pictures_is_one_prompt_and_a_list_is_a_batch(tiny, image, images):
+    several = lv.prompt(tiny, (image, images[1]), "A lamp.", "Is it?")
+    assert several.text.count("<image>") == 2 and several.groups.visual.sum() == 32
+    assert several.groups.image[several.groups.visual].tolist() == [0] * 16 + [1] * 16
+    batch = lv.prompt(tiny, [(image, images[1]), images[0], (), None], "A lamp.", "Is it?")
+    assert [text.count("<image>") for text in batch.text] == [2, 1, 0, 0]
+    assert torch.equal(batch.inputs["input_ids"][0], several.inputs["input_ids"][0])
+    assert torch.equal(batch.inputs["pixel_values"][:2], several.inputs["pixel_values"])
+    with pytest.raises(ValueError, match="not list; several of one prompt are a tuple"):
+        lv.prompt(tiny, [[image, image]], "", "Is it?")
+
+
+def with_template(change):
+    """A tiny LLaVA whose chat template is changed."""
+    model, processor = build()
+    processor.chat_template = change(processor.chat_template)
+    return lv.load(model, processor)
+
+
+def test_a_template_may_strip_the_text(image):
+    stripping = with_template(
+        lambda old: old.replace("{{ c['text'] }}{% endfor %} ", "{{ c['text'] | trim }}{% endfor %} ")
+    )
+    assert "trim" in stripping.processor.chat_template
+    for context, question in (
+        ("  A lamp.\n", " Is it? "),
+        ("", "\tIs it?  "),
+        ("  A lamp. ", ""),
+        ("A lamp.", "Is it?"),
+    ):
+        prompt = lv.prompt(stripping, image, context, question)
+        assert words(stripping, prompt, "context") == context.strip()
+        assert words(stripping, prompt, "question") == question.strip()
+        assert words(stripping, prompt, "answer") == "ASSISTANT:"
+
+
+@pytest.mark.parametrize("question", ["ASSISTANT:", "USER: ", "Is it? Is it?", " "])
+def test_the_text_may_be_what_the_template_writes(tiny, image, question):
+    prompt = lv.prompt(tiny, image, "Is it?", question)
+    assert words(tiny, prompt, "question") == question.strip() and words(tiny, prompt, "context") == "Is it?"
+    assert words(tiny, prompt, "answer") == "ASSISTANT:"
+
+
+def test_a_template_that_closes_the_turn_only_leaves_the_answer_there(image):
+    closing = with_template(lambda old: old.replace("{{ c['text'] }}{% endfor %} ", "{{ c['text'] }}{% endfor %} END")
+                            .replace("ASSISTANT:{% endif %}", "{% endif %}"))  # fmt: skip
+    prompt = lv.prompt(closing, image, "A lamp.", "Is it?")
+    assert words(closing, prompt, "answer") == "END" and prompt.text.endswith("Is it? END")
+
+
+def test_templates_that_cannot_be_used_say_why(tiny, image):
+    shouting = with_template(lambda old: old.replace("{{ c['text'] }}", "{{ c['text'] | upper }}"))
+    with pytest.raises(ValueError, match="changes the user's text"):
+        lv.prompt(shouting, image, "", "Is it?")
+    twice = with_template(lambda old: old.replace("{{ c['text'] }}", "{{ c['text'] }} {{ c['text'] }}"))
+    with pytest.raises(ValueError, match="changes the user's text"):
+        lv.prompt(twice, image, "", "Is it?")
+    blind = with_template(lambda old: old.replace("<image>", ""))
+    with pytest.raises(ValueError, match="does not show these pictures and videos, but 0 of 1 <image>"):
+        lv.prompt(blind, image, "", "Is it?")
+    with pytest.raises(ValueError, match="no chat template: set processor.chat_template"):
+        lv.prompt(with_template(lambda old: None), image, "", "Is it?")
+    del shouting.processor.image_token
+    with pytest.raises(ValueError, match="no placeholder for a picture: build its inputs yourself"):
+        lv.prompt(shouting, image, "", "Is it?")
+
+
+def test_videos_that_cannot_be_shown(tiny, image):
+    with pytest.raises(ValueError, match="takes no video: show its frames as pictures"):
+        lv.prompt(tiny, None, "", "Is it?", video=(image, image))
+    filmed = processors.lvlm("llava_next_video")
+    for wrong in ([[image, image]], [()], [image]):
+        with pytest.raises(ValueError, match="A video is a tuple of frames"):
+            lv.prompt(filmed, None, "", "Is it?", video=wrong)
+    with pytest.raises(ValueError, match="frames of a video differ in size"):
+        lv.prompt(filmed, None, "", "Is it?", video=(image, image.rotate(90, expand=True)))
+    with pytest.raises(ValueError, match=r"no videos of \[1, 2\] frames in one batch"):
+        lv.prompt(filmed, None, "", "Is it?", video=[(image,), (image, image)])
+    with pytest.raises(ValueError, match="placeholder '<video>'"):
+        lv.prompt(filmed, image, "A <video> here.", "Is it?")
+    blind = processors.lvlm("llava_next_video")
+    blind.processor.chat_template = blind.processor.chat_template.replace("<video>", "")
+    with pytest.raises(ValueError, match="1 of 1 <image>, 0 of 1 <video>"):
+        lv.prompt(blind, image, "", "Is it?", video=(image, image))
 
 
 def test_pictures_that_cannot_be_opened(tmp_path, images):

@@ -55,7 +55,7 @@ def answer(
     if batch_size < 1 or max_new_tokens < 1:
         raise ValueError(f"batch_size={batch_size} and max_new_tokens={max_new_tokens} must be at least 1.")
     if share and not can_share(lvlm):
-        warnings.warn(f"Attention {lvlm.attention!r} cannot share prefixes: slower, same answers.", stacklevel=2)
+        warnings.warn(f"{lvlm.name} cannot share prefixes here: slower, same answers.", stacklevel=2)
         share = False
     state = _processes(lvlm)
     rank, processes = (0, 1) if state is None else (state.process_index, state.num_processes)

@@ -7,11 +7,13 @@ in full and keeps the positions it has alone, so the results are those of separa
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from transformers import DynamicCache
 
 from lvlm_utils.models import LVLM
+from lvlm_utils.parts import REMOTE
 
 PACK_TOKENS = 2048  # at most so many new tokens a forward: attention inside a pack grows with its square
 
@@ -26,7 +28,13 @@ class Reply:
 
 
 def can_share(lvlm: LVLM) -> bool:
-    """Packing needs an attention that takes a 4-D mask, and layers that see the whole past."""
+    """Packing needs an attention that takes a 4-D mask, layers that see the whole past, and logits of chosen tokens.
+
+    Positions must count tokens: on a grid (Qwen-VL) they hang on the picture's size too. Remote code is not trusted.
+    """
+    plain = not lvlm.family.grid_positions and lvlm.family not in REMOTE.values()
+    if not plain or "logits_to_keep" not in signature(lvlm.model.forward).parameters:  # VideoLLaMA3 ignores it
+        return False
     text = lvlm.model.config.get_text_config()
     layers = set(getattr(text, "layer_types", None) or ["full_attention"])
     return lvlm.attention in ("sdpa", "eager") and layers == {"full_attention"}
