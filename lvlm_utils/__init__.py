@@ -9,11 +9,13 @@ _FUNCTIONS = {
     "load": "models",
     "prompt": "prompts",
     "generate": "prompts",
-    "last_attention": "attention",
+    "observe": "attention",
+    "prune": "pruning",
+    "information_flow": "saliency",
     "answer": "evaluate",
     "summary": "evaluate",
 }
-_MODULES = ("datasets", "stats", "figures")
+_MODULES = ("datasets", "stats", "figures", "pruning", "efficiency")
 __all__ = ["ROOT", *_FUNCTIONS, *_MODULES]
 
 

@@ -7,7 +7,6 @@ from conftest import QUESTION, build, picture, text_of
 from PIL import Image
 
 import lvlm_utils as lv
-from lvlm_utils.attention import attention_implementation
 from lvlm_utils.prompts import blank, open_image
 
 GROUPS = ("system", "visual", "context", "question")
@@ -198,24 +197,3 @@ def test_pictures_become_rgb(tmp_path):
     assert open_image(tmp_path / "a.png").mode == "RGB"
     white = blank(open_image(tmp_path / "a.png"), "white")
     assert (white.size, white.getpixel((2, 2))) == ((5, 4), (255, 255, 255))
-
-
-@pytest.mark.parametrize("fixture", ["tiny", "tiny_gqa"])
-def test_last_attention_is_the_last_row_of_eager_attention(fixture, request, image):
-    lvlm = request.getfixturevalue(fixture)
-    prompt = lv.prompt(lvlm, [image, None, image], ["", text_of(30), text_of(80)], "Is it?")
-    seen = lv.last_attention(lvlm, prompt)
-    assert lvlm.attention == "sdpa"
-    positions = (prompt.inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    with attention_implementation(lvlm, "eager"), torch.inference_mode():
-        full = lvlm.model(**prompt.inputs, position_ids=positions, output_attentions=True).attentions
-    expected = torch.stack([layer[:, :, -1] for layer in full])
-    torch.testing.assert_close(seen, expected, atol=1e-5, rtol=0)
-    assert seen[:, 0][..., ~prompt.inputs["attention_mask"][0].bool()].abs().max() == 0
-
-
-def test_the_attention_implementation_comes_back_after_an_error(tiny):
-    with pytest.raises(RuntimeError, match="stop"), attention_implementation(tiny, "eager"):
-        assert tiny.attention == "eager"
-        raise RuntimeError("stop")
-    assert tiny.attention == "sdpa"
