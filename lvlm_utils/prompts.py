@@ -233,8 +233,10 @@ def greedy_options(lvlm: LVLM, max_new_tokens: int) -> dict:
 @torch.inference_mode()
 def generate(lvlm: LVLM, prompt: Prompt, max_new_tokens: int = 20, **kw) -> str | list[str]:
     """The model's continuation, greedy unless `kw` (options of `generate`) says otherwise: the new text, stripped."""
-    options = {**greedy_options(lvlm, max_new_tokens), **kw}
-    output = lvlm.model.generate(**prompt.inputs, **options)
+    from lvlm_utils.pruning.engine import told  # not above: methods are written in terms of prompts
+
+    with told(lvlm.model, prompt.groups):  # a pruning method may ask which token is what
+        output = lvlm.model.generate(**prompt.inputs, **{**greedy_options(lvlm, max_new_tokens), **kw})
     ids = output if isinstance(output, torch.Tensor) else output.sequences
     new = ids[:, prompt.inputs["input_ids"].shape[1] :]
     texts = [text.strip() for text in lvlm.tokenizer.batch_decode(new, skip_special_tokens=True)]

@@ -1,0 +1,162 @@
+"""What pruning talks about: the plan of a method, the tokens it chooses from, and the trace of what was kept."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from weakref import ref
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+if TYPE_CHECKING:
+    from lvlm_utils.token_groups import TokenGroups
+
+
+@dataclass
+class Stage:
+    """The prompt as it stands from some layer on, one slot a token; rows that keep fewer begin with empty slots."""
+
+    place: Tensor  # (batch, slots) the slot's column in the whole prompt
+    alive: Tensor  # (batch, slots) bool; False is padding or an empty slot
+    padded: bool  # whether any slot is not alive
+    rotary: tuple[Tensor, Tensor] | None = None  # cosine and sine of the slots; only during the prefill
+    next: Tensor | None = None  # (batch, 1) position of the first new token where positions were numbered anew
+
+
+@dataclass
+class Prefill:
+    """One prompt on its way through the layers, and what its decode steps have to know."""
+
+    stages: list[Stage]
+    tokens: int  # columns of the whole prompt
+    seen: int  # these and the tokens decoded since
+    last: Tensor  # the last position, (batch, 1), or (3 or 4, batch, 1) on a grid
+    visual: Tensor | None  # (batch, tokens) bool
+    groups: "TokenGroups | None"
+    at: list[int] = field(default_factory=list)  # layer -> its stage
+    statistics: dict[tuple[int, str], Tensor] = field(default_factory=dict)  # (batch, heads, tokens); 0 if not there
+    cache: "ref[DynamicCache] | None" = None
+    done: bool = False
+    kv_bytes: int = 0
+
+    @property
+    def pruned(self) -> bool:
+        return len(self.stages) > 1
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The prompt's tokens that have come as far as `layer`, for a method to choose from.
+
+    `hidden` (batch, slots, width) are the hidden states that go into `layer`; `alive` (batch, slots) is False where a
+    slot holds no token (what is chosen there does not matter); `place` is the token's column in the whole prompt.
+    """
+
+    layer: int
+    hidden: Tensor
+    place: Tensor
+    alive: Tensor
+    prefill: Prefill
+
+    @property
+    def groups(self) -> "TokenGroups | None":
+        """Groups of the prompt, where `lv.generate` asks; None where the model was called with bare tensors."""
+        return self.prefill.groups
+
+    @property
+    def visual(self) -> Tensor:
+        """Bool (batch, slots). ValueError where the model was called without input_ids."""
+        if self.prefill.visual is None:
+            raise ValueError("Visual tokens are found by their ids: call the model with input_ids.")
+        return self.here(self.prefill.visual) & self.alive
+
+    @property
+    def last(self) -> Tensor:
+        """Bool (batch, slots): the last token of every prompt, which has to stay."""
+        slots = torch.arange(self.alive.shape[1], device=self.alive.device)
+        return slots == (self.alive * slots).argmax(1, keepdim=True)
+
+    def here(self, whole: Tensor) -> Tensor:
+        """(batch, tokens) of the whole prompt -> (batch, slots). Rows are repeated for beams."""
+        if whole.shape[1] != self.prefill.tokens or len(self.place) % len(whole):
+            raise ValueError(
+                f"Groups or masks are of {tuple(whole.shape)} (prompts, tokens), what is pruned is of "
+                f"{(len(self.place), self.prefill.tokens)}: give those of this very prompt."
+            )
+        whole = whole.to(self.place.device).repeat_interleave(len(self.place) // len(whole), 0)
+        return whole.gather(1, self.place)
+
+    def attention(self, statistic: str, layer: int) -> Tensor:
+        """A statistic that the plan `needs` of a layer before this one: float32 (batch, heads, slots)."""
+        if (layer, statistic) not in self.prefill.statistics:
+            raise ValueError(f"{statistic!r} of layer {layer} was not measured: name it in the plan's `needs`.")
+        whole = self.prefill.statistics[layer, statistic].to(self.place.device)
+        return whole.gather(2, self.place[:, None].expand(-1, whole.shape[1], -1))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method does in one model.
+
+    `choose[layer]` is called in the prefill with the `Tokens` before `layer` and returns which of them go on into it:
+    bool (batch, slots), or (that, new hidden states) where it merges. The tokens that stay have their "original"
+    `positions`, or "contiguous" ones, numbered anew from 0. `needs[layer]` names the attention statistics of `layer`
+    that `Tokens.attention` shall give; nothing else is computed.
+    """
+
+    choose: Mapping[int, Callable[[Tokens], Tensor | tuple[Tensor, Tensor]]]
+    positions: str = "original"
+    needs: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+
+
+class Trace:
+    """What was kept in the latest prefill. Columns are those of input_ids; padding counts as not kept.
+
+    Every method that prunes the model at the same time shares one trace.
+    """
+
+    latest: Prefill | None = None
+
+    @property
+    def prefill(self) -> Prefill:
+        if self.latest is None:
+            raise ValueError("There was no prefill yet: call the model inside `with lv.prune(...) as trace`.")
+        return self.latest
+
+    @property
+    def kept(self) -> Tensor:
+        """bool (layers, batch, tokens): whether the token goes into the layer."""
+        prefill = self.prefill
+        masks = [
+            torch.zeros_like(s.alive[:, :1]).repeat(1, prefill.tokens).scatter(1, s.place, s.alive)
+            for s in prefill.stages
+        ]
+        return torch.stack([masks[stage].to(masks[0].device) for stage in prefill.at])
+
+    @property
+    def tokens_per_layer(self) -> list[float]:
+        """Tokens that go into each layer, mean over the samples."""
+        return self.kept.sum(-1).double().mean(1).tolist()
+
+    @property
+    def mean_tokens(self) -> float:
+        """Mean over layers and samples."""
+        return self.kept.sum(-1).double().mean().item()
+
+    @property
+    def mean_visual(self) -> float:
+        """Visual tokens, mean over layers and samples."""
+        if self.prefill.visual is None:
+            raise ValueError("Visual tokens are not known: the model was called without input_ids.")
+        return (self.kept & self.prefill.visual.to(self.kept.device)).sum(-1).double().mean().item()
+
+    @property
+    def mean_text(self) -> float:
+        """All other tokens, mean over layers and samples."""
+        return self.mean_tokens - self.mean_visual
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the key-value cache after the prefill, the whole batch with its padding; 0 without a cache."""
+        return self.prefill.kv_bytes
