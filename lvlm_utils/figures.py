@@ -20,7 +20,7 @@ DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0,
 def style() -> None:
     """Set the project's seaborn style; call it once, before the first figure."""
     sns.set_theme(context="notebook", style="whitegrid", palette=PALETTE, rc={
-        "axes.spines.top": False, "axes.spines.right": False, "figure.figsize": (7, 4), "figure.dpi": 80,
+        "axes.spines.top": False, "axes.spines.right": False, "figure.figsize": (7, 4), "figure.dpi": 72,
         "figure.constrained_layout.use": True, "lines.markersize": 6, "legend.frameon": False})
 
 
