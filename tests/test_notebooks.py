@@ -167,6 +167,37 @@ def test_failing_notebook_overwrites_nothing(notebooks_in, capsys):
     assert path.read_bytes() == before
 
 
+def test_runner_runs_several_at_once_but_none_before_what_it_reads(notebooks_in):
+    """01 waits for 02, which runs beside 00; both see that they are not alone, so none is run one by one."""
+    meet = "\n".join([
+        "import pathlib, time",
+        "pathlib.Path(f'../{ME}').touch()",
+        "end = time.time() + 60",
+        "while not pathlib.Path(f'../{OTHER}').exists() and time.time() < end:",
+        "    time.sleep(0.05)",
+        "print(sorted(path.name for path in pathlib.Path('..').glob('run-*')))",
+        "pathlib.Path(f'../{ME}-done').touch()",
+    ])  # fmt: skip
+    for number, other in (("00", "02"), ("02", "00"), ("03", "02-done")):
+        path = small_notebook(notebooks_in, f"MODEL = 'tiny-llava'\nME = 'run-{number}'\nOTHER = 'run-{other}'", meet)
+        path.rename(path.with_name(f"{number}_small.ipynb"))
+    written = runner.run(jobs=2)
+    shown = {path.name[:2]: outputs(path)[0].text for path in written}
+    assert list(shown) == ["00", "02", "03"]
+    assert "run-02" in shown["00"] and "run-00" in shown["02"]
+    assert "run-02-done" in shown["03"] and "run-03" not in shown["02"]
+
+
+def test_one_failing_notebook_of_several_overwrites_nothing(notebooks_in, capsys):
+    bad = small_notebook(notebooks_in, "MODEL = 'tiny-llava'", "1 / 0")
+    bad = bad.rename(bad.with_name("98_bad.ipynb"))
+    good = small_notebook(notebooks_in, "MODEL = 'tiny-llava'", "print('fine')")
+    before = bad.read_bytes(), good.read_bytes()
+    assert runner.main(["--jobs", "2"]) == 1
+    assert "98_bad.ipynb: cell 2 failed" in capsys.readouterr().err
+    assert (bad.read_bytes(), good.read_bytes()) == before
+
+
 def test_runner_refuses_a_large_notebook(notebooks_in, capsys):
     path = small_notebook(notebooks_in, "MODEL = 'tiny-llava'", "print('x' * 400_000)")
     before = path.read_bytes()
