@@ -15,8 +15,6 @@ the shortest length. Prints a table and writes benchmarks/attention.json.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,7 +22,7 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
+from common import machine
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import lvlm_utils as lv
@@ -57,11 +55,7 @@ def main() -> None:
     report = {
         "width": options.width, "heads": options.heads, "layers": options.layers, "visual_tokens": SIDE**2,
         "dtype": options.dtype, "repeats": options.repeats, "statistics": {"some": SOME, "all": STATISTICS},
-        "machine": {
-            "system": platform.system(), "processor": platform.machine(), "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(), "device": _device(options.device),
-            "torch": torch.__version__, "transformers": transformers.__version__,
-        },
+        "machine": machine(options.device),
         "tokens": {tokens: _compare(options, tokens, tuple(WAYS), options.repeats) for tokens in options.tokens},
     }  # fmt: skip
     if options.long:
@@ -198,10 +192,6 @@ def _differences(options: argparse.Namespace, tokens: int) -> dict[str, float]:
             error = error / value.clamp(min=1) if name == "groups" else error
             worst[name] = max(worst[name], float(error.max()))
     return worst
-
-
-def _device(name: str) -> str:
-    return torch.cuda.get_device_name(name) if name.startswith("cuda") else "cpu"
 
 
 def _show(report: dict) -> None:

@@ -8,14 +8,11 @@ Prints a table and writes benchmarks/evaluate.json.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from pathlib import Path
 
-import torch
-import transformers
+from common import machine
 
 import lvlm_utils as lv
 
@@ -47,11 +44,7 @@ def main() -> None:
         "model": lvlm.name, "revision": lvlm.revision, "dtype": str(lvlm.dtype), "attention": lvlm.attention,
         "dataset": Path(options.dataset).name, "pictures": options.pictures, "prompts": len(samples),
         "batch_size": options.batch_size, "repeats": options.repeats,
-        "machine": {
-            "system": platform.system(), "processor": platform.machine(), "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(), "device": _device(lvlm),
-            "torch": torch.__version__, "transformers": transformers.__version__,
-        },
+        "machine": machine(lvlm.device),
         "ways": {way: _facts(results[way]["n_prefill_tokens"].sum(), seconds[way]) for way in WAYS},
     }  # fmt: skip
     ways = report["ways"]
@@ -64,10 +57,6 @@ def main() -> None:
     report["largest_margin_difference"] = float((margins[0] - margins[1]).abs().max())
     options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     _show(report)
-
-
-def _device(lvlm) -> str:
-    return torch.cuda.get_device_name(lvlm.device) if lvlm.device.type == "cuda" else "cpu"
 
 
 def _facts(tokens: int, seconds: list[float]) -> dict:

@@ -14,15 +14,12 @@ Prints a table and writes benchmarks/pruning.json.
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import transformers
+from common import machine
+from common import seconds as timed
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from lvlm_utils.efficiency import decoder_flops
@@ -51,11 +48,7 @@ def main() -> None:
         "width": options.width, "heads": options.heads, "layers": {"prefill": options.layers, "decode": options.deep},
         "tokens": {"visual": VISUAL, "text": TEXT}, "dtype": options.dtype, "attention": options.attention,
         "repeats": options.repeats, "steps": options.steps,
-        "machine": {
-            "system": platform.system(), "processor": platform.machine(), "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(), "device": _device(options.device),
-            "torch": torch.__version__, "transformers": transformers.__version__,
-        },
+        "machine": machine(options.device),
         "prefill": _prefill(options), "decode": _decode(options),
     }  # fmt: skip
     options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -88,16 +81,6 @@ def _halve(tokens) -> torch.Tensor:
     return ~tokens.visual | (tokens.place % 2 == 0)
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, with the device idle before and after."""
-    wait = (lambda: None) if device.type == "cpu" else (lambda: torch.accelerator.synchronize(device))
-    wait()
-    start = time.perf_counter()
-    run()
-    wait()
-    return time.perf_counter() - start
-
-
 @torch.inference_mode()
 def _prefill(options: argparse.Namespace) -> dict:
     model, batch = _build(options, options.layers)
@@ -109,10 +92,10 @@ def _prefill(options: argparse.Namespace) -> dict:
     for repeat in range(options.repeats + 1):  # the first is to warm up
         for way, plan in ways.items():
             if plan is None:
-                taken = _seconds(lambda: model(**batch, logits_to_keep=1), model.device)
+                taken = timed(lambda: model(**batch, logits_to_keep=1), model.device)
             else:
                 with prune(model, plan[0], **plan[1]) as trace:
-                    taken = _seconds(lambda: model(**batch, logits_to_keep=1), model.device)
+                    taken = timed(lambda: model(**batch, logits_to_keep=1), model.device)
                 tokens[way] = trace.tokens_per_layer
             seconds[way] += [taken] * (repeat > 0)
     full = decoder_flops(model.config, VISUAL + TEXT)["prefill"]
@@ -137,7 +120,7 @@ def _decode(options: argparse.Namespace) -> dict:
         taken = []
         for _ in range(options.steps):
             step = {"input_ids": out.logits[:, -1:].argmax(-1), "past_key_values": out.past_key_values}
-            taken.append(_seconds(lambda step=step: model(**step), model.device))
+            taken.append(timed(lambda step=step: model(**step), model.device))
         return statistics.median(taken)
 
     for repeat in range(options.repeats + 1):
@@ -157,10 +140,6 @@ def _facts(seconds: list[float], plain: list[float]) -> dict:
         "seconds_median": round(statistics.median(seconds), 5), "seconds_min": round(min(seconds), 5),
         "seconds_max": round(max(seconds), 5), "more_than_plain": round(more, 4),
     }  # fmt: skip
-
-
-def _device(name: str) -> str:
-    return torch.cuda.get_device_name(name) if torch.device(name).type == "cuda" else "cpu"
 
 
 def _show(report: dict) -> None:

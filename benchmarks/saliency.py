@@ -13,8 +13,6 @@ because its gradient ends at the attention of the first layer. Prints a table an
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
+from common import machine
 from transformers import BatchFeature, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from lvlm_utils.efficiency import peak_memory
@@ -59,11 +57,7 @@ def main() -> None:
     report = {
         "width": options.width, "heads": options.heads, "key_heads": _key_heads(options), "layers": options.layers,
         "visual_tokens": SIDE**2, "dtype": options.dtype, "repeats": options.repeats,
-        "machine": {
-            "system": platform.system(), "processor": platform.machine(), "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(), "device": _device(options.device),
-            "torch": torch.__version__, "transformers": transformers.__version__,
-        },
+        "machine": machine(options.device),
         "tokens": {tokens: _compare(options, tokens, ways) for tokens, ways in lengths.items()},
     }  # fmt: skip
     options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -205,10 +199,6 @@ def _eager(lvlm: LVLM, prompt: Prompt) -> torch.Tensor:
 
 
 WAYS = {"plain": _loss, "streamed": _streamed, "eager": _eager}
-
-
-def _device(name: str) -> str:
-    return torch.cuda.get_device_name(name) if torch.device(name).type == "cuda" else "cpu"
 
 
 def _show(report: dict) -> None:

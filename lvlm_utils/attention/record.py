@@ -134,7 +134,7 @@ class TowerRecorder:
         if self.grid is None:
             return [*torch.stack([torch.cat(calls) for calls in layers], 1)]
         packed = torch.stack([torch.cat(calls, -1)[0] for calls in layers])
-        return packed[..., _order(config, self.grid)].split(self.grid.prod(-1).tolist(), -1)
+        return packed[..., patch_order(config, self.grid)].split(self.grid.prod(-1).tolist(), -1)
 
     def prompt_starts(self) -> None:
         """The decoder has got the pictures seen so far; without any, the tower has none to show."""
@@ -143,7 +143,7 @@ class TowerRecorder:
         self.done = True
 
 
-def _order(config: PreTrainedConfig, grid: torch.Tensor) -> torch.Tensor | slice:
+def patch_order(config: PreTrainedConfig, grid: torch.Tensor) -> torch.Tensor | slice:
     """Where each patch, in the order of the processor, stands in the tower: Qwen2.5-VL sorts them by window."""
     if not hasattr(config, "fullatt_block_indexes"):
         return slice(None)

@@ -5,23 +5,27 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from PIL import Image
 from tqdm.auto import tqdm
 
 from lvlm_utils.evaluate.prefix import can_share
+from lvlm_utils.evaluate.pruned import MEASURED, Pruned, read
 from lvlm_utils.evaluate.replies import EMPTY, ask
 from lvlm_utils.evaluate.store import Store
 from lvlm_utils.models import LVLM
+from lvlm_utils.pruning.engine import ENGINES
 
 CONDITIONS = ("original", "white", "black", "none")
 META = ["sample", "image_id", "group", "length", "label", "target", "kind", "size"]  # copied from the samples
 COLUMNS = [
     "sample", "image_id", "group", "length", "n_context_tokens", "n_visual_tokens", "condition", "method", "keep",
-    "label", "target", "kind", "size", "answer", "raw", "parsed", "correct", "margin", "error", "model", "revision",
-    "dtype", "attention", "versions", "seconds", "n_prefill_tokens", "key",
+    "options", "label", "target", "kind", "size", "answer", "raw", "parsed", "correct", "margin", "error", "model",
+    "revision", "dtype", "attention", "versions", "seconds", "n_prefill_tokens", *MEASURED, "key",
 ]  # fmt: skip
 
 
@@ -29,7 +33,7 @@ def answer(
     lvlm: LVLM,
     samples: pd.DataFrame,
     image: str = "original",
-    prune: None = None,
+    prune: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     out: str | Path | None = None,
     batch_size: int = 8,
     max_new_tokens: int = 4,
@@ -46,20 +50,22 @@ def answer(
     `accelerate launch`. `margin` is the logit of yes minus that of no (best of their spellings) at the first new token.
     Raises ValueError for a wrong `image`, a missing column, or `prune` (not available yet).
     """
-    if prune is not None:
-        raise ValueError(f"prune={prune!r}: answer() cannot prune yet, only prune=None is accepted.")
     if image not in CONDITIONS:
         raise ValueError(f"image={image!r} is not one of {', '.join(CONDITIONS)}.")
     if missing := {"image", "context", "question"} - set(samples.columns):
         raise ValueError(f"The samples have no column {', '.join(sorted(missing))}.")
     if batch_size < 1 or max_new_tokens < 1:
         raise ValueError(f"batch_size={batch_size} and max_new_tokens={max_new_tokens} must be at least 1.")
+    if lvlm.model in ENGINES:
+        raise ValueError("answer() inside an lv.prune would take its answers for unpruned ones: use prune=.")
+    pruned = read(lvlm, prune)
+    share = share and not pruned.asks
     if share and not can_share(lvlm):
         warnings.warn(f"{lvlm.name} cannot share prefixes here: slower, same answers.", stacklevel=2)
         share = False
     state = _processes(lvlm)
     rank, processes = (0, 1) if state is None else (state.process_index, state.num_processes)
-    wanted = _wanted(lvlm, samples, image, max_new_tokens)
+    wanted = _wanted(lvlm, samples, image, pruned, max_new_tokens)
     store = Store(out, rank)
     stale = store.drop_stale(wanted)
     if stale and rank == 0:
@@ -70,9 +76,10 @@ def answer(
     pictures = [rows for rows in left if len(rows)]
     chunk = max(4, batch_size)  # pictures between two writes to disk
     fresh: list[dict] = []
-    with tqdm(total=len(pictures), unit="picture", disable=not progress or rank > 0 or not pictures) as bar:
+    bar = tqdm(total=len(pictures), unit="picture", disable=not progress or rank > 0 or not pictures)
+    with bar, pruned.running(lvlm) as trace:
         for at in range(0, len(pictures), chunk):
-            rows = ask(lvlm, pictures[at : at + chunk], image, batch_size, max_new_tokens, share)
+            rows = ask(lvlm, pictures[at : at + chunk], image, batch_size, max_new_tokens, share, trace)
             store.add(rows)
             fresh += rows
             bar.update(len(pictures[at : at + chunk]))
@@ -111,13 +118,15 @@ def _processes(lvlm: LVLM):
     return state
 
 
-def _wanted(lvlm: LVLM, samples: pd.DataFrame, condition: str, max_new_tokens: int) -> pd.DataFrame:
+def _wanted(lvlm: LVLM, samples: pd.DataFrame, condition: str, pruned: Pruned, max_new_tokens: int) -> pd.DataFrame:
     """One row per sample: what to ask, what identifies it, and a hash of everything that the answer depends on."""
     wanted = samples.reindex(columns=[*META, "image", "context", "question"]).reset_index(drop=True)
     settings = {
-        "condition": condition, "method": "none", "keep": 1.0, "model": lvlm.name, "revision": lvlm.revision,
-        "dtype": str(lvlm.dtype).removeprefix("torch."), "attention": lvlm.attention,
+        "condition": condition, "method": pruned.name, "keep": pruned.keep, "model": lvlm.name,
+        "revision": lvlm.revision, "dtype": str(lvlm.dtype).removeprefix("torch."), "attention": lvlm.attention,
     }  # fmt: skip
+    options = {"options": pruned.options}
+    settings |= options if pruned.methods else {}  # nothing more for plain answers: those on disk stay valid
     same = json.dumps([settings, max_new_tokens, lvlm.processor.chat_template], sort_keys=True)
     hashes: dict = {}
     keys, pictures = [], []
@@ -129,7 +138,7 @@ def _wanted(lvlm: LVLM, samples: pd.DataFrame, condition: str, max_new_tokens: i
         pictures.append(name)
         content = [same, str(row.sample), str(row.group), hashes[name], row.context, row.question]
         keys.append(hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:24])
-    return wanted.assign(**settings, key=keys, picture=pictures)
+    return wanted.assign(**settings | options, key=keys, picture=pictures)
 
 
 def _picture_hash(picture: Image.Image | str | Path) -> str:
@@ -146,7 +155,8 @@ def _in_order(table: pd.DataFrame, wanted: pd.DataFrame) -> pd.DataFrame:
     results = pd.concat([wanted, found], axis=1)
     for name in ("answer", "raw", "error"):  # None where there is none, whether just asked or read from a file
         results[name] = results[name].astype(object).where(results[name].notna(), None)
-    results = results.astype({name: int for name in EMPTY if name.startswith("n_")} | {"margin": float})
+    results = results.astype({name: int for name in EMPTY if name.startswith("n_")})
+    results = results.astype(dict.fromkeys(("margin", *MEASURED), float))
     results["parsed"] = results["answer"].notna()
     results["correct"] = results["parsed"] & (results["answer"] == results["label"])
     return results[COLUMNS]

@@ -20,11 +20,15 @@ PACK_TOKENS = 2048  # at most so many new tokens a forward: attention inside a p
 
 @dataclass
 class Reply:
-    """New token ids (ending in EOS when the model stopped), float32 logits of the first, tokens computed to get it."""
+    """New token ids (ending in EOS when the model stopped), float32 logits of the first, tokens computed to get it.
+
+    `kept` counts the tokens that went into the layers of a pruned prompt, by name.
+    """
 
     ids: list[int]
     logits: torch.Tensor
     computed: int
+    kept: dict[str, float] | None = None
 
 
 def can_share(lvlm: LVLM) -> bool:
@@ -150,3 +154,8 @@ def eos_ids(lvlm: LVLM) -> set[int]:
     ids = lvlm.model.generation_config.eos_token_id
     ids = lvlm.tokenizer.eos_token_id if ids is None else ids
     return set(ids) if isinstance(ids, list | tuple) else {ids}
+
+
+def until(ids: list[int], stop: set[int]) -> list[int]:
+    """New token ids up to the first that ends an answer."""
+    return ids[: next((i + 1 for i, token in enumerate(ids) if token in stop), len(ids))]

@@ -11,14 +11,18 @@ import torch
 import transformers
 from PIL import Image
 
-from lvlm_utils.evaluate.prefix import Reply, answer_shared, clusters, eos_ids
+from lvlm_utils.evaluate.continued import answer_continued, begin_alike
+from lvlm_utils.evaluate.prefix import Reply, answer_shared, clusters, eos_ids, until
+from lvlm_utils.evaluate.pruned import MEASURED, counts
 from lvlm_utils.models import LVLM
 from lvlm_utils.prompts import Encoded, assemble, blank, check_length, encode, greedy_options, open_image, render
+from lvlm_utils.pruning import Trace
+from lvlm_utils.pruning.engine import told
 
 # what a row holds that could not be asked
 EMPTY = {
     "answer": None, "raw": None, "margin": float("nan"), "error": None, "seconds": 0.0, "n_context_tokens": 0,
-    "n_visual_tokens": 0, "n_prefill_tokens": 0,
+    "n_visual_tokens": 0, "n_prefill_tokens": 0, **dict.fromkeys(MEASURED, float("nan")),
     "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
 }  # fmt: skip
 
@@ -35,15 +39,23 @@ class Asked:
 
 
 def ask(
-    lvlm: LVLM, pictures: list[pd.DataFrame], condition: str, batch_size: int, max_new_tokens: int, share: bool
-) -> list[dict]:
-    """Result rows, in any order, for samples grouped by picture. What cannot be asked becomes a row with `error`."""
+    lvlm: LVLM, pictures: list[pd.DataFrame], condition: str, batch_size: int, max_new_tokens: int, share: bool,
+    trace: Trace | None = None,
+) -> list[dict]:  # fmt: skip
+    """Result rows, in any order, for samples grouped by picture. What cannot be asked becomes a row with `error`.
+
+    `trace` is that of the pruning inside which this is called, None where nothing is pruned.
+    """
     done, alone = [], []
     for rows in pictures:
         asked, coded, failed = _prepare(lvlm, rows, condition)
         done += failed
         if not share:
             alone += asked
+            continue
+        if trace is not None:
+            found, left = _about_one_context(lvlm, asked, max_new_tokens, batch_size, trace)
+            done, alone = done + found, alone + left
             continue
         for members, cuts in clusters([one.ids for one in asked], _visual_end(lvlm, asked)):
             if len(members) == 1:
@@ -55,11 +67,46 @@ def ask(
             done += _results(lvlm, group, replies, time.perf_counter() - start)
     alone.sort(key=lambda one: len(one.ids))  # equal lengths together: little padding
     for at in range(0, len(alone), batch_size):
-        group = alone[at : at + batch_size]
-        start = time.perf_counter()
-        replies = _separate(lvlm, group, max_new_tokens)
-        done += _results(lvlm, group, replies, time.perf_counter() - start)
+        done += _batch(lvlm, alone[at : at + batch_size], max_new_tokens, trace)
     return done
+
+
+def _about_one_context(
+    lvlm: LVLM, asked: list[Asked], max_new_tokens: int, batch_size: int, trace: Trace
+) -> tuple[list[dict], list[Asked]]:
+    """(result rows, what cannot share) of pruned prompts about one picture."""
+    done, alone, contexts = [], [], {}
+    for one in asked:
+        contexts.setdefault(one.row.context, []).append(one)
+    for members in contexts.values():
+        first = assemble(lvlm, members[0].picture, members[0].row.context, members[0].row.question)
+        for rows, cut in begin_alike([one.ids for one in members], first.groups):
+            group = [members[row] for row in rows]
+            start = time.perf_counter()
+            try:
+                ids = [one.ids for one in group]
+                replies = answer_continued(lvlm, first, ids, cut, trace, max_new_tokens, batch_size) if cut else None
+            except ValueError:  # of the method; it will say whose it is
+                replies = None
+            if replies is None:
+                alone += group
+            else:
+                done += _results(lvlm, group, replies, time.perf_counter() - start)
+    return done, alone
+
+
+def _batch(lvlm: LVLM, group: list[Asked], max_new_tokens: int, trace: Trace | None) -> list[dict]:
+    """Result rows of separate prompts. A prompt that a method cannot prune becomes a row with `error`."""
+    start = time.perf_counter()
+    try:
+        replies = _separate(lvlm, group, max_new_tokens, trace)
+    except ValueError as error:
+        if trace is None:
+            raise
+        if len(group) > 1:  # find out whose it is
+            return [row for one in group for row in _batch(lvlm, [one], max_new_tokens, trace)]
+        return [_row(group[0].row, error=str(error), **_counts(group[0]))]
+    return _results(lvlm, group, replies, time.perf_counter() - start)
 
 
 def parse(raw: str) -> str | None:
@@ -104,20 +151,21 @@ def _visual_end(lvlm: LVLM, asked: list[Asked]) -> int:
 
 
 @torch.inference_mode()
-def _separate(lvlm: LVLM, group: list[Asked], max_new_tokens: int) -> list[Reply]:
+def _separate(lvlm: LVLM, group: list[Asked], max_new_tokens: int, trace: Trace | None) -> list[Reply]:
     """Greedy replies to separate prompts, as one left-padded batch."""
     rows = [one.row for one in group]
     prompt = assemble(lvlm, [one.picture for one in group], [r.context for r in rows], [r.question for r in rows])
     stop = eos_ids(lvlm)
-    output = lvlm.model.generate(
-        **prompt.inputs, **greedy_options(lvlm, max_new_tokens), eos_token_id=sorted(stop), output_logits=True,
-        return_dict_in_generate=True,
-    )  # fmt: skip
+    with told(lvlm.model, prompt.groups):
+        output = lvlm.model.generate(
+            **prompt.inputs, **greedy_options(lvlm, max_new_tokens), eos_token_id=sorted(stop), output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
     new = output.sequences[:, prompt.inputs["input_ids"].shape[1] :].tolist()
-    ends = [next((i + 1 for i, token in enumerate(ids) if token in stop), len(ids)) for ids in new]
     lengths = prompt.inputs["attention_mask"].sum(-1).tolist()
     logits = output.logits[0].float().cpu()
-    return [Reply(ids[:end], first, n) for ids, end, first, n in zip(new, ends, logits, lengths, strict=True)]
+    kept = [None] * len(group) if trace is None else counts(trace, prompt.groups)
+    return [Reply(until(ids, stop), *rest) for ids, *rest in zip(new, logits, lengths, kept, strict=True)]
 
 
 def _results(lvlm: LVLM, group: list[Asked], replies: list[Reply], seconds: float) -> list[dict]:
@@ -128,6 +176,7 @@ def _results(lvlm: LVLM, group: list[Asked], replies: list[Reply], seconds: floa
         yes, no = (reply.logits[list(_word_ids(lvlm.tokenizer, word))] for word in ("yes", "no"))
         margin = float(yes.max() - no.max()) if len(yes) and len(no) else float("nan")
         found = {"answer": parse(raw), "raw": raw, "margin": margin, "n_prefill_tokens": reply.computed}
+        found |= reply.kept or _unpruned(one)
         results.append(_row(one.row, seconds=seconds / len(group), **found, **_counts(one)))
     return results
 
@@ -140,6 +189,12 @@ def _word_ids(tokenizer, word: str) -> tuple[int, ...]:
 
 def _counts(one: Asked) -> dict[str, int]:
     return {"n_context_tokens": one.n_context_tokens, "n_visual_tokens": one.n_visual_tokens}
+
+
+def _unpruned(one: Asked) -> dict[str, float]:
+    """MEASURED where every token goes into every layer."""
+    tokens, visual, context = float(len(one.ids)), float(one.n_visual_tokens), float(one.n_context_tokens)
+    return dict(zip(MEASURED, (tokens, visual, tokens - visual, visual, tokens - visual, context), strict=True))
 
 
 def _row(row, **found) -> dict:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 # rows that agree in these answer the same question; if their `key` differs, the older one is stale
-IDENTITY = ["sample", "group", "condition", "method", "keep", "model", "dtype", "attention"]
+IDENTITY = ["sample", "group", "condition", "method", "keep", "options", "model", "dtype", "attention"]
 
 
 class Store:
@@ -83,6 +83,8 @@ def _read(path: Path) -> pd.DataFrame:
         frame = pd.read_parquet(path)
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
         raise ValueError(f"{path} is not a readable parquet file: delete it, or give another out. {error}") from error
+    if "options" not in frame.columns and "method" in frame.columns:  # written before answer() could prune
+        frame["options"] = "{}"
     if not {"key", "revision", *IDENTITY} <= set(frame.columns):
         raise ValueError(f"{path} holds no results of answer(): give another out.")
     return frame

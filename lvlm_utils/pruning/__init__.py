@@ -7,11 +7,34 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lvlm_utils.models import LVLM, bare
-from lvlm_utils.pruning import context, fastv
+from lvlm_utils.pruning import (
+    cdpruner,
+    context,
+    divprune,
+    downsample,
+    fastervlm,
+    fastv,
+    fopru,
+    ltp,
+    prumerge,
+    prumerge_plus,
+    pyramiddrop,
+    random,
+    sparsevlm,
+    spatten,
+    tome,
+    visionzip,
+    vispruner,
+)
 from lvlm_utils.pruning.engine import pruning
 from lvlm_utils.pruning.tokens import Plan, Tokens, Trace
 
-METHODS = {"context": context, "fastv": fastv}
+METHODS = {
+    "context": context, "spatten": spatten, "ltp": ltp, "vispruner": vispruner, "fastervlm": fastervlm, "fopru": fopru,
+    "prumerge": prumerge, "prumerge_plus": prumerge_plus, "visionzip": visionzip, "tome": tome, "divprune": divprune,
+    "cdpruner": cdpruner, "fastv": fastv, "sparsevlm": sparsevlm, "pyramiddrop": pyramiddrop, "random": random,
+    "downsample": downsample,
+}  # fmt: skip
 __all__ = ["METHODS", "Plan", "Tokens", "Trace", "prune"]
 
 

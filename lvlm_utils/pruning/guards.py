@@ -67,7 +67,8 @@ def check_step(prefill: Prefill | None, cache: Any, new: int) -> None:
     """ValueError for a decode step that does not continue the prefill that was pruned."""
     if prefill is None or not prefill.done or prefill.cache is None or prefill.cache() is not cache:
         raise ValueError(f"This cache was filled by another prompt, or outside lv.prune: {ONE_CACHE}.")
-    if new > 1:
+    announced = 1 if prefill.rest is None else prefill.tokens + prefill.rest.shape[1] - prefill.seen
+    if new != announced:
         raise ValueError(
             f"{new} tokens at once on a pruned cache: a second prompt, assisted decoding and prefill in chunks do not "
             f"work with pruning; {ONE_CACHE}."

@@ -1,15 +1,21 @@
 """What pruning talks about: the plan of a method, the tokens it chooses from, and the trace of what was kept."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 from weakref import ref
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from torch.nn.functional import pad
+from transformers import DynamicCache, PreTrainedModel
+
+from lvlm_utils.pruning.pictures import Pictures, look
 
 if TYPE_CHECKING:
+    from lvlm_utils.pruning.vision import Sight
     from lvlm_utils.token_groups import TokenGroups
 
 
@@ -28,10 +34,13 @@ class Stage:
 class Prefill:
     """One prompt on its way through the layers, and what its decode steps have to know."""
 
+    model: PreTrainedModel
+    sight: "Sight"
     stages: list[Stage]
     tokens: int  # columns of the whole prompt
     seen: int  # these and the tokens decoded since
     last: Tensor  # the last position, (batch, 1), or (3 or 4, batch, 1) on a grid
+    ids: Tensor | None  # (batch, tokens)
     visual: Tensor | None  # (batch, tokens) bool
     groups: "TokenGroups | None"
     at: list[int] = field(default_factory=list)  # layer -> its stage
@@ -39,10 +48,23 @@ class Prefill:
     cache: "ref[DynamicCache] | None" = None
     done: bool = False
     kv_bytes: int = 0
+    rest: Tensor | None = None  # (rows, new) bool: where several prompts go on behind this one, what is no padding
 
     @property
     def pruned(self) -> bool:
         return len(self.stages) > 1
+
+    def before(self, new: int) -> Tensor | int:
+        """How many tokens there are between the prompt and each of the `new` newest ones."""
+        if self.rest is None:
+            return self.seen - self.tokens - 1
+        return (self.rest.cumsum(1) - 1).clamp(min=0)[:, -new:]
+
+    def alive(self, stage: Stage) -> Tensor | None:
+        """Which slots of a stage and of all that came since hold a token, (batch, slots + new); None if all do."""
+        if self.rest is not None:
+            return torch.cat([stage.alive.expand(len(self.rest), -1), self.rest.to(stage.alive.device)], 1)
+        return pad(stage.alive, (0, self.seen - self.tokens), value=True) if stage.padded else None
 
 
 @dataclass(frozen=True)
@@ -58,6 +80,14 @@ class Tokens:
     place: Tensor
     alive: Tensor
     prefill: Prefill
+    sees: Mapping[str, int] = field(default_factory=dict)  # of the plan that chooses
+
+    @property
+    def ids(self) -> Tensor:
+        """Token ids (batch, slots). ValueError where the model was called without input_ids."""
+        if self.prefill.ids is None:
+            raise ValueError("Tokens are known by their ids: call the model with input_ids.")
+        return self.here(self.prefill.ids)
 
     @property
     def groups(self) -> "TokenGroups | None":
@@ -87,6 +117,22 @@ class Tokens:
         whole = whole.to(self.place.device).repeat_interleave(len(self.place) // len(whole), 0)
         return whole.gather(1, self.place)
 
+    @cached_property
+    def pictures(self) -> "list[Pictures]":
+        """The pictures, tiles and frames, those of equal size together. ValueError where there are none."""
+        return look(self)
+
+    def chosen(self) -> Tensor | tuple[Tensor, Tensor]:
+        """What `choose` returns, from what the `pictures` were told to keep: all other tokens stay."""
+        stay, hidden = self.alive & ~self.visual, self.hidden
+        for pictures in self.pictures:
+            at = pictures.rows[:, None], pictures.slots
+            stay = stay.index_put(at, pictures.kept)
+            if pictures.merged is not None:
+                new = pictures.merged.to(hidden.dtype)
+                hidden = hidden.index_put(at, new.where(pictures.kept[..., None], hidden[at]))
+        return stay if hidden is self.hidden else (stay, hidden)
+
     def attention(self, statistic: str, layer: int) -> Tensor:
         """A statistic that the plan `needs` of a layer before this one: float32 (batch, heads, slots)."""
         if (layer, statistic) not in self.prefill.statistics:
@@ -102,12 +148,18 @@ class Plan:
     `choose[layer]` is called in the prefill with the `Tokens` before `layer` and returns which of them go on into it:
     bool (batch, slots), or (that, new hidden states) where it merges. The tokens that stay have their "original"
     `positions`, or "contiguous" ones, numbered anew from 0. `needs[layer]` names the attention statistics of `layer`
-    that `Tokens.attention` shall give; nothing else is computed.
+    that `Tokens.attention` shall give, and `sees[name]` the tower layer of what `Tokens.pictures` shall give; nothing
+    else is computed. `within` adds hooks of the method's own, for as long as it prunes. `asks` is False where the
+    choice does not depend on the question and drops nothing of it, nor of the template: questions about one picture and
+    context can then share what is left.
     """
 
     choose: Mapping[int, Callable[[Tokens], Tensor | tuple[Tensor, Tensor]]]
     positions: str = "original"
     needs: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    sees: Mapping[str, int] = field(default_factory=dict)
+    within: Callable[[PreTrainedModel], AbstractContextManager] | None = None
+    asks: bool = True
 
 
 class Trace:

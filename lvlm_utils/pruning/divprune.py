@@ -1,0 +1,55 @@
+"""DivPrune (Alvar et al., CVPR 2025): keep the visual tokens that lie furthest from each other (max-min diversity).
+
+Matches the official code (vbdi/divprune, 799e2d9) pick for pick in float32: cosine distance of the tokens as they go
+into the LLM, first the one whose nearest neighbour is furthest, then always the one furthest from all picked.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import PreTrainedModel
+
+from lvlm_utils.models import LVLM
+from lvlm_utils.pruning.budget import check_keep, kept
+from lvlm_utils.pruning.tokens import Plan, Tokens
+
+KIND = "visual, before the LLM"
+NEEDS_CLS = False
+OFFICIAL = "vbdi/divprune 799e2d9"
+DEVIATIONS = "Same picks in float32, in which distances are computed at every dtype; a picture or tile at a time."
+
+
+def picks(features: Tensor, number: int) -> Tensor:
+    """The first `number` picks in their order, (batch, number), among features (batch, tokens, width)."""
+    unit = normalize(features.float(), dim=-1)
+    distance = 1 - unit @ unit.transpose(1, 2)
+    distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    nearest = distance.amin(2)  # of every token to any other, from the second pick on to the picked ones
+    order = torch.empty(len(unit), number, dtype=torch.long, device=unit.device)
+    for turn in range(number):
+        pick = nearest.argmax(1, keepdim=True)
+        order[:, turn] = pick[:, 0]
+        row = distance.gather(1, pick[..., None].expand(-1, -1, distance.shape[2]))[:, 0]
+        nearest = row if turn == 0 else torch.minimum(nearest, row)
+        nearest = nearest.scatter(1, pick, -torch.inf)
+    return order
+
+
+def select(features: Tensor, keep: float | int) -> Tensor:
+    """Which tokens stay, bool (batch, tokens); a share of features (batch, tokens, width) is rounded to the nearest."""
+    check_keep(keep)
+    tokens = features.shape[1]
+    number = max(1, round(keep * tokens)) if isinstance(keep, float) else kept(keep, tokens)
+    return torch.zeros_like(features[..., 0], dtype=torch.bool).scatter(1, picks(features, number), True)
+
+
+def plan(lvlm_or_model: LVLM | PreTrainedModel, keep: float | int = 0.098, positions: str = "contiguous") -> Plan:
+    """`keep` is a share or number for each picture, tile or frame that the tower sees."""
+    check_keep(keep)
+
+    def choose(tokens: Tokens) -> Tensor:
+        for pictures in tokens.pictures:
+            pictures.keep(select(pictures.projected, keep))
+        return tokens.chosen()
+
+    return Plan({0: choose}, positions, asks=False)

@@ -1,0 +1,227 @@
+"""Pictures as a method sees them: which visual token is which patch, what the tower showed of it, and what is kept."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from math import isqrt
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lvlm_utils.parts import family_of, visual_ids
+
+if TYPE_CHECKING:
+    from lvlm_utils.pruning.tokens import Tokens
+
+SQUARE = ("llava", "vipllava", "deepseek_vl", "deepseek_vl_hybrid")  # one square of tokens for each picture
+
+
+@dataclass
+class View:
+    """One picture, tile or frame of one prompt."""
+
+    row: int  # of the batch
+    slots: Tensor  # (V,) of its visual tokens
+    places: Tensor  # (V, 2) their rows and columns
+    order: Tensor  # (V,) which of its tokens they are, as the prompt counts
+    patches: Tensor  # (V, patches that make a token) numbered as in the tower
+    size: int  # patches in the tower
+    picture: dict  # what was seen of it
+
+
+class Pictures:
+    """Pictures, tiles or frames of equal size: P of them with V visual tokens each, of any prompts of the batch.
+
+    `rows` (P,) is the prompt that each belongs to, `slots` (P, V) where its tokens stand there. Visual slots that are
+    no patch (newlines, [CLS] of a video) belong to no picture and are not kept.
+    """
+
+    def __init__(self, tokens: "Tokens", views: list["View"]):
+        device = tokens.hidden.device
+        self.tokens, self.views = tokens, views
+        self.rows = torch.tensor([view.row for view in views], device=device)
+        self.slots = torch.stack([view.slots for view in views]).to(device)
+        self.kept: Tensor | None = None
+        self.merged: Tensor | None = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the visual tokens, which stand in reading order. ValueError where they fill no grid."""
+        rows, columns = (len(self.views[0].places[:, axis].unique()) for axis in (0, 1))
+        if rows * columns != self.slots.shape[1]:
+            raise ValueError(f"The {self.slots.shape[1]} visual tokens of a picture fill no grid, so it has no rows.")
+        return rows, columns
+
+    @cached_property
+    def projected(self) -> Tensor:
+        """(P, V, D): the visual tokens as they go into the language model."""
+        return self.tokens.hidden[self.rows[:, None], self.slots]
+
+    @cached_property
+    def features(self) -> Tensor:
+        """(P, V, C): what goes into the projector; the projected tokens where the projector mixes patches."""
+        found = [view.picture.get(("features", None)) for view in self.views]
+        if found[0] is None:
+            return self.projected
+        if len(found[0]) == self.views[0].size:
+            return torch.stack([self._of_tokens(x.T, view).T for x, view in zip(found, self.views, strict=True)])
+        if len(found[0]) * self.views[0].patches.shape[1] == self.views[0].size:  # merged before the projector
+            return torch.stack([x[view.order.to(x.device)] for x, view in zip(found, self.views, strict=True)])
+        return self.projected
+
+    def seen(self, name: str) -> Tensor:
+        """What the plan sees ("cls", "received" or "given") of every visual token, (P, heads, V).
+
+        The mean over its patches, where the model merges several into one token; [CLS] as a key is left out.
+        """
+        layer = self._layer(name)
+        skip = 1 if name == "cls" else 0
+        return torch.stack([self._of_tokens(view.picture[name, layer][:, skip:], view) for view in self.views])
+
+    def raw(self, name: str) -> Tensor:
+        """What the plan sees as the tower has it, (P, ...), [CLS] first if it has one, of the patches that are tokens.
+
+        ValueError unless every visual token is one patch.
+        """
+        layer = self._layer(name)
+        if not self.one_to_one:
+            raise ValueError(
+                f"{self._model} makes a visual token of several patches, so patches of its tower cannot "
+                "be merged: take a method that only selects, such as vispruner or divprune."
+            )
+        axis = {"query": None, "keys": 1, "hidden": 0}.get(name, -1)
+        found = [view.picture[name, layer] for view in self.views]
+        if axis is None:
+            return torch.stack(found)
+        skip = found[0].shape[axis] - self.views[0].size  # 1 where [CLS] is there
+        patches = [skip + view.patches[:, 0].to(x.device) for view, x in zip(self.views, found, strict=True)]
+        index = [torch.cat([torch.arange(skip, device=at.device), at]) for at in patches]
+        return torch.stack([x.index_select(axis, at) for x, at in zip(found, index, strict=True)])
+
+    def project(self, features: Tensor) -> Tensor:
+        """(..., C) -> (..., D) by the model's projector. ValueError where that mixes patches."""
+        if not self.one_to_one or len(self.views[0].picture.get(("features", None), ())) != self.views[0].size:
+            raise ValueError(
+                f"The projector of {self._model} mixes patches, so merged ones cannot go through it: "
+                "take a method that only selects, such as vispruner or divprune."
+            )
+        model = self.tokens.prefill.model
+        projector = model.get_submodule(family_of(model).projector)
+        flat = features.flatten(0, -2)[None]
+        return projector(flat.to(next(projector.parameters()).dtype))[0].view(*features.shape[:-1], -1)
+
+    def keep(self, kept: Tensor, merged: Tensor | None = None) -> None:
+        """Choose: `kept` bool (P, V); `merged` (P, V, D) new hidden states, of which those of kept tokens count."""
+        if kept.dtype != torch.bool or kept.shape != self.slots.shape:
+            raise ValueError(f"Pictures are kept by bool {tuple(self.slots.shape)}, not {kept.dtype} {kept.shape}.")
+        self.kept, self.merged = kept, merged
+
+    @property
+    def one_to_one(self) -> bool:
+        """Whether a visual token is a patch of the tower. (Some patches may be no token: padding of LLaVA-NeXT.)"""
+        return all(view.patches.shape[1] == 1 and ("size", None) in view.picture for view in self.views)
+
+    @property
+    def _model(self) -> str:
+        return self.tokens.prefill.model.config.model_type
+
+    def _layer(self, name: str) -> int:
+        if name not in self.tokens.sees:
+            raise ValueError(f"{name!r} of the tower was not recorded: name it in the plan's `sees`.")
+        return self.tokens.sees[name]
+
+    @staticmethod
+    def _of_tokens(x: Tensor, view: "View") -> Tensor:
+        """(..., patches) -> (..., V)."""
+        return x[..., view.patches.to(x.device)].mean(-1)
+
+
+def look(tokens: "Tokens") -> list[Pictures]:
+    """All pictures of the batch, those of equal size together. ValueError without any, or if they are not known."""
+    views = _views(tokens)
+    if not views:
+        raise ValueError("No visual tokens to prune: a prompt has no picture, or all its tokens were dropped before.")
+    sizes = defaultdict(list)
+    for view in views:
+        shape = tuple(len(view.places[:, axis].unique()) for axis in (0, 1))
+        sizes[len(view.slots), shape, view.size, view.patches.shape[1]].append(view)
+    return [Pictures(tokens, group) for group in sizes.values()]
+
+
+def _views(tokens: "Tokens") -> list[View]:
+    prefill, seen = tokens.prefill, tokens.prefill.sight.pictures if tokens.sees else None
+    places = _places(tokens).cpu()  # image, tile, row, column (4, prompts, tokens)
+    ids = prefill.ids.cpu()
+    times = len(tokens.place) // places.shape[1]  # rows are repeated for beams
+    kinds = {token: kind for kind, token in enumerate(visual_ids(prefill.model))}
+    found = []
+    for row, (image, tile, *_) in enumerate(places.transpose(0, 1)):
+        pairs = torch.stack([image, tile], 1)[(image >= 0) & (tile >= 0)]
+        for number, part in dict.fromkeys(map(tuple, pairs.tolist())):  # in the order of the prompt
+            columns = ((image == number) & (tile == part)).nonzero()[:, 0]
+            found.append((kinds.get(int(ids[row * times, columns[0]]), 0), row, number, columns))
+    found.sort(key=lambda one: one[:3])  # a tower sees all pictures, then all videos
+    if seen is not None and len(seen) != len(found):
+        raise ValueError(
+            f"The vision tower saw {len(seen)} pictures, tiles or frames, the prompts have {len(found)}: "
+            "this way of showing pictures cannot be pruned by what the tower sees (divprune needs no tower)."
+        )
+    # column of the prompt -> slot of the layer
+    where = torch.full((len(tokens.place), prefill.tokens), -1, device=places.device)
+    slots = torch.arange(tokens.place.shape[1], device=places.device).expand(tokens.place.shape)
+    where.scatter_(1, tokens.place.cpu(), slots.where(tokens.alive.cpu(), -1))
+    whole = {}  # largest grid among the tiles of an image
+    for _, row, number, columns in found:
+        size = 1 + int(places[2:, row, columns].max())
+        whole[row, number] = max(size, whole.get((row, number), 0))
+    views = []
+    for at, (_, row, number, columns) in enumerate(found):
+        picture = seen[at] if seen is not None else {}
+        for copy in range(row * times, (row + 1) * times):
+            views += _view(picture, copy, where[copy, columns], places[2:, row, columns].T, whole[row, number])
+    return views
+
+
+def _view(picture: dict, row: int, slots: Tensor, places: Tensor, whole: int) -> list[View]:
+    """The tokens of one picture that are patches and still there; none if there are none."""
+    size, blocks = picture.get(("size", None), (len(slots), True))
+    order = torch.arange(len(slots), device=slots.device)
+    if blocks:  # the patches of a token stand together
+        merged, rank = size // len(slots), places[:, 0] * (1 + places[:, 1].max()) + places[:, 1]
+        if merged * len(slots) != size or (picture and not torch.equal(rank, order)):
+            raise ValueError(
+                f"{len(slots)} visual tokens are not all of a picture of {size} patches: some were left out."
+            )
+        patches = order[:, None] * merged + torch.arange(merged, device=slots.device)
+    else:
+        side = isqrt(size)
+        merge = side // whole
+        if side**2 != size or merge * whole != side:
+            raise ValueError(f"{size} patches of a tower do not fit a grid of {whole} x {whole} visual tokens.")
+        steps = torch.arange(merge, device=slots.device)
+        inside = torch.cartesian_prod(steps, steps).view(-1, 2)
+        patches = (places[:, :1] * merge + inside[:, 0]) * side + places[:, 1:] * merge + inside[:, 1]
+    there = (slots >= 0) & (places >= 0).all(1)
+    return [View(row, slots[there], places[there], order[there], patches[there], size, picture)] if there.any() else []
+
+
+def _places(tokens: "Tokens") -> Tensor:
+    """image, tile, row and column of every token, (4, prompts, tokens); -1 where there is none."""
+    prefill, groups = tokens.prefill, tokens.groups
+    if groups is not None:
+        return torch.stack([groups.image, groups.tile, groups.row, groups.column])
+    visual = prefill.visual
+    if visual is None or prefill.model.config.model_type not in SQUARE:
+        raise ValueError("Which visual tokens are one picture is not known here: ask with lv.generate.")
+    visual = visual.cpu()
+    sizes = {picture["size", None][0] for picture in prefill.sight.pictures if ("size", None) in picture}
+    starts = visual & ~torch.cat([torch.zeros_like(visual[:, :1]), visual[:, :-1]], 1)
+    size = sizes.pop() if len(sizes) == 1 else int(visual.sum()) // max(int(starts.sum()), 1)
+    rank = visual.cumsum(1) - 1
+    side = isqrt(size)
+    if side**2 != size or bool((visual.sum(1) % size).any()):
+        raise ValueError(f"Pictures of {size} visual tokens are no squares: ask with lv.generate.")
+    image = rank // size
+    places = torch.stack([image, torch.zeros_like(rank), rank % size // side, rank % side])
+    return places.where(visual, -1)

@@ -1,0 +1,247 @@
+"""Methods that select visual tokens: against official numbers, against plain recomputation, in batches, in models."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import build, inputs
+from recomputation import greedy
+from torch.nn.functional import normalize
+
+from lvlm_utils.parts import decoder_of
+from lvlm_utils.pruning import cdpruner, divprune, fastervlm, fastv, fopru, prune, pyramiddrop, sparsevlm, vispruner
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden(name):
+    return {key: torch.from_numpy(value) for key, value in np.load(GOLDEN / f"{name}.npz").items()}
+
+
+def indices(kept):
+    return kept[0].nonzero()[:, 0]
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_official_numbers():
+    z = golden("vispruner")
+    features = z["features"]  # the same in three files
+    attention = z["attention"].mean(1)
+    assert torch.equal(indices(vispruner.select(features, attention, 64)), z["keep"])
+    assert not torch.equal(indices(vispruner.select(features, attention, 64, 0.25)), z["keep"])
+    assert torch.equal(indices(fastervlm.select(attention, 128)), z["fastervlm"])
+    assert torch.equal(indices(vispruner.select(features, attention, 128, 1.0)), z["fastervlm"])
+    z = golden("divprune")
+    assert torch.equal(divprune.picks(features, 56)[0], z["order"])
+    assert torch.equal(indices(divprune.select(features, 0.098)), z["order"].sort().values)
+    z = golden("cdpruner")
+    relevance = -(normalize(z["image"], dim=-1) @ normalize(z["text"], dim=-1).T).mean(-1)
+    assert torch.equal(indices(cdpruner.select(features, relevance, 64)), z["keep"])
+    assert torch.equal(indices(cdpruner.select(features, 3 * relevance + 1, 64)), z["keep"])
+    assert not torch.equal(indices(cdpruner.select(features, -relevance, 64)), z["keep"])
+    z = golden("sparsevlm")
+    every = torch.ones(1, z["attention"].shape[2], dtype=torch.bool)
+    assert torch.equal(indices(sparsevlm.select(z["attention"], every, 300)), z["keep"])
+    z = golden("fastv")
+    assert torch.equal(indices(fastv.select(z["attention"], 0.5)), z["keep"])
+
+
+def vispruner_by_hand(features, attention, number, important):
+    """Algorithm 1 with lists."""
+    order = attention.argsort(descending=True, stable=True).tolist()
+    most = int(number * important)
+    chosen, rest, diverse = order[:most], order[most:], number - most
+    unit = normalize(features, dim=-1)
+    while diverse and len(rest) > diverse:
+        even, odd = rest[::2], rest[1::2]
+        cosine = (unit[even] @ unit[odd].T).amax(1)
+        ranked = [even[i] for i in cosine.argsort(descending=True, stable=True)]
+        rest = ranked[min(8, len(rest) - diverse, len(even)) :] + odd
+    return sorted(chosen + (rest if diverse else []))
+
+
+@pytest.mark.parametrize("near", [2, 64])
+def test_vispruner_at_every_budget(near, monkeypatch):
+    monkeypatch.setattr(vispruner, "NEAR", near)  # the short cut must not show
+    features, attention = random(1, 37, 8), random(1, 37, seed=1)
+    for important in (0.0, 0.3, 0.5, 1.0):
+        for number in range(1, 38):
+            got = indices(vispruner.select(features, attention, number, important)).tolist()
+            assert got == vispruner_by_hand(features[0], attention[0], number, important)
+    assert vispruner.select(features, attention, 0.25).sum() == 9
+    with pytest.raises(ValueError, match="important=1.5"):
+        vispruner.select(features, attention, 4, 1.5)
+
+
+SELECTS = {
+    "vispruner": (lambda f, a, k: vispruner.select(f, a.mean((1, 2)), k)),
+    "fastervlm": (lambda f, a, k: fastervlm.select(a.mean((1, 2)), k)),
+    "divprune": (lambda f, a, k: divprune.select(f, k)),
+    "cdpruner": (lambda f, a, k: cdpruner.select(f, a.mean((1, 2)), k)),
+    "fastv": (lambda f, a, k: fastv.select(a[:, :, 0], k)),
+    "fopru": (lambda f, a, k: fopru.select(a, k)),
+    "fopru rows": (lambda f, a, k: fopru.select(a, k, "row", (6, 8))),
+    "sparsevlm": (lambda f, a, k: sparsevlm.select(a[:, :, :9], a[:, 0, :9, 0] > 0.01, k)),
+    "pyramiddrop": (lambda f, a, k: pyramiddrop.select(a[:, :, 0, :16], f[:, None].expand(-1, 2, -1, -1), k)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SELECTS)
+def test_batches_are_single_samples(name):
+    features, attention = random(3, 48, 16), random(3, 4, 48, 48, seed=1).softmax(-1)
+    for keep in (1, 7, 24, 47, 0.5):
+        together = SELECTS[name](features, attention, keep)
+        alone = [SELECTS[name](features[i : i + 1], attention[i : i + 1], keep) for i in range(3)]
+        assert torch.equal(together, torch.cat(alone)) and together.dtype == torch.bool
+        number = 24 if keep == 0.5 else keep
+        assert (together.sum(1) == (max(8, number // 8 * 8) if name == "fopru rows" else number)).all()
+
+
+def test_fopru_takes_the_direction_of_larger_variance():
+    attention = random(2, 3, 16, 16).exp()
+    attention[0, :, :, :4] *= 5  # the first picture has patches that receive, the second some that give
+    attention[1, :, 8:12] *= 5
+    assert indices(fopru.select(attention[:1], 4)).tolist() == [0, 1, 2, 3]
+    assert indices(fopru.select(attention[1:], 4)).tolist() == [8, 9, 10, 11]
+    assert indices(fopru.select(attention[1:], 0.25, "row")).tolist() == [8, 9, 10, 11]
+    given, received = attention.mean((1, 3)), attention.mean((1, 2))
+    assert torch.equal(fopru.significance(given, received), torch.stack([received[0], given[1]]))
+    assert torch.equal(fopru.significance(given, received, "low"), torch.stack([given[0], received[1]]))
+    with pytest.raises(ValueError, match="no grid"):
+        fopru.select(attention, 4, "row", (3, 5))
+
+
+def test_cdpruner_is_the_greedy_determinant():
+    features, relevance = random(1, 12, 16), torch.rand(1, 12, generator=torch.Generator().manual_seed(2))
+    scaled = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min())
+    vectors = (normalize(features, dim=-1) * scaled[..., None])[0].double()
+    chosen = []
+    for _ in range(5):
+        left = [i for i in range(12) if i not in chosen]
+        dets = [torch.linalg.det(vectors[[*chosen, i]] @ vectors[[*chosen, i]].T) for i in left]
+        chosen.append(left[int(torch.stack(dets).argmax())])
+    assert cdpruner.picks(features, relevance, 5)[0].tolist() == chosen
+    copies = features[:, :1].expand(-1, 12, -1)  # nothing is left to add, yet no token is taken twice
+    assert cdpruner.select(copies, torch.ones(1, 12), 9).sum() == 9
+
+
+def test_sparsevlm_raters_and_clusters():
+    visual, text = random(2, 20, 8), random(2, 6, 8, seed=1)
+    close = (visual @ text.transpose(1, 2)).softmax(-1).mean(1)
+    wanted = close > close.mean(1, keepdim=True)
+    assert torch.equal(sparsevlm.raters(visual, text), wanted)
+    both = torch.cat([visual, text], 1)
+    is_visual = torch.arange(26) < 20
+    got = sparsevlm.raters(both, both, is_visual.expand(2, -1), ~is_visual.expand(2, -1))
+    assert torch.equal(got[:, 20:], wanted) and not got[:, :20].any()
+    assert sparsevlm.raters(visual, text[:, :1]).all()
+    heaps = torch.cat([torch.zeros(1, 4, 8), torch.full((1, 3, 8), 9.0)], 1) + random(1, 7, 8) * 0.01
+    padded = torch.cat([heaps, random(1, 3, 8) * 100], 1)
+    means = sparsevlm.clusters(padded, torch.arange(10)[None] < 7, torch.tensor([2]))[0]
+    wanted = torch.stack([heaps[0, :4].mean(0), heaps[0, 4:].mean(0)])
+    assert (means.sort(0).values - wanted.sort(0).values).abs().max() < 1e-4
+
+
+def test_pyramiddrop_groups_key_heads():
+    query, keys = random(2, 4, 8), random(2, 2, 12, 8, seed=1)
+    repeated = keys.repeat_interleave(2, 1)
+    wanted = (query[:, :, None] @ repeated.transpose(2, 3) / 8**0.5).softmax(-1)[:, :, 0].mean(1)
+    assert (pyramiddrop.scores(query, keys) - wanted).abs().max() < 1e-6
+    assert torch.equal(pyramiddrop.select(query, keys, 5), pyramiddrop.select(query, repeated, 5))
+
+
+PLANS = {
+    "vispruner": (vispruner.plan, {"keep": 5}), "fastervlm": (fastervlm.plan, {"keep": 5}),
+    "divprune": (divprune.plan, {"keep": 0.3}), "cdpruner": (cdpruner.plan, {"keep": 5}),
+    "fopru": (fopru.plan, {"keep": 0.3}), "row": (fopru.plan, {"keep": 0.5, "strategy": "row"}),
+    "order": (fopru.plan, {"keep": 0.3, "reorder": False}), "pool": (fopru.plan, {"significance": "pool"}),
+    "fastv": (fastv.plan, {"keep": 0.3}), "equi": (fastv.plan, {"keep": 0.3, "attention": "equi"}),
+    "sparsevlm": (sparsevlm.plan, {"keep": 0.3}), "pyramiddrop": (pyramiddrop.plan, {"keep": 0.2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_in_a_model_rows_of_a_batch_do_not_touch_each_other(name):
+    model = build("llava")
+    batch, (make, options) = inputs(model), PLANS[name]
+    with prune(model, make(model, **options)) as trace:
+        together, kept = greedy(model, batch, steps=3), trace.kept
+        for row, real in enumerate(batch["attention_mask"].bool()):
+            one = {k: v[row : row + 1] for k, v in batch.items()}
+            one |= {k: one[k][:, real] for k in ("input_ids", "attention_mask")}
+            alone = greedy(model, one, steps=3)
+            assert torch.equal(trace.kept[:, 0], kept[:, row, real])
+            assert max((a[0] - b[row]).abs().max() for a, b in zip(alone.logits, together.logits)) < 1e-4
+    assert kept[-1].sum() < batch["attention_mask"].sum()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl"])
+def test_pyramiddrop_ranks_by_the_next_layers_attention(family):
+    model = build(family)
+    batch = inputs(model)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attention = model(**batch, output_attentions=True).attentions
+    model.set_attn_implementation("sdpa")
+    with prune(model, pyramiddrop.plan(model, 3, layers=(2,), positions="original")) as trace, torch.no_grad():
+        model(**batch)
+    score = attention[2][:, :, -1].mean(1).masked_fill(~trace.prefill.visual, -1)
+    wanted = torch.zeros_like(trace.prefill.visual).scatter(1, score.topk(3).indices, True)
+    assert torch.equal(trace.kept[2] & trace.prefill.visual, wanted)
+    before = attention[1][:, :, -1].mean(1).masked_fill(~trace.prefill.visual, -1)
+    assert not torch.equal(wanted, torch.zeros_like(wanted).scatter(1, before.topk(3).indices, True))
+
+
+def test_sparsevlm_ranks_by_its_raters():
+    model = build("llava")
+    batch = inputs(model)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attention = model(**batch, output_attentions=True).attentions
+        calls, decoder = [], decoder_of(model)
+        hook = decoder.register_forward_pre_hook(partial(_keep, calls), with_kwargs=True)
+        with prune(model, sparsevlm.plan(model, 0.3, layers=(0, 1, 2))) as trace:
+            model(**batch)
+        hook.remove()
+    visual, real = trace.prefill.visual, batch["attention_mask"].bool()
+    for row, hidden in enumerate(calls[0]):
+        image = visual[row].nonzero()[:, 0]
+        text = torch.arange(len(hidden)) > image[-1]
+        rates = sparsevlm.raters(hidden[None, visual[row]], hidden[None, text])
+        rows = attention[0][row : row + 1, :, text][..., visual[row]]
+        had = int(visual[row].sum())
+        number = int(sparsevlm._budget(0.3, torch.tensor([had]))[0, 0])
+        stay = indices(sparsevlm.select(rows, rates, number))
+        left = trace.kept[1, row, visual[row]]
+        assert left[stay].all() and real[row, text].all()
+        recycled = int(0.3 * (had - number)) + 1
+        assert left.sum() == number + recycled // 10 + 1
+
+
+def _keep(calls, module, args, kwargs):
+    calls.append(kwargs["inputs_embeds"])
+
+
+@pytest.mark.parametrize("share, wanted", [(192, [300, 200, 110]), (128, [303, 110, 36]), (64, [66, 30, 17])])
+def test_sparsevlm_has_the_official_numbers(share, wanted):
+    assert sparsevlm._budget(share, torch.tensor([576]))[0].tolist() == wanted
+    assert sparsevlm._budget(share * 5, torch.tensor([2880]))[0].tolist() == [5 * n for n in wanted]
+
+
+def test_refusals():
+    model = build("llava")
+    for make, options, says in (
+        (fopru.plan, {"strategy": "column"}, "strategy='column'"),
+        (fopru.plan, {"significance": "max"}, "significance='max'"),
+        (fastv.plan, {"attention": "first"}, "attention='first'"),
+        (sparsevlm.plan, {"layers": (1, 2)}, "three that rise"),
+        (pyramiddrop.plan, {"layers": (2, 1)}, "have to rise"),
+        (vispruner.plan, {"keep": 0}, "keep=0"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            make(model, **options)
