@@ -32,7 +32,8 @@ from tqdm.auto import tqdm
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 EMBEDDED = "tiny-llava"
-AFTER = {"03": "02", "04": "02", "05": "02", "08": "02", "09": "02"}  # reads answers that the other one asks and keeps
+# reads what the others ask and keep
+AFTER = {"03": {"01", "02"}, "04": {"02"}, "05": {"02"}, "08": {"02"}, "09": {"02"}}
 JOBS = 4  # at most so many at once; each may need 2 GB
 LIMIT = 300_000  # bytes of an executed notebook; git keeps every version
 # Keeping freed memory makes the small embedded model several times faster on a CPU. Not for models that fill memory.
@@ -104,14 +105,13 @@ def run(
 
 def _run_all(sources: list[Path], execute: Callable[[Path], str], jobs: int) -> dict[Path, str]:
     """The texts of all notebooks, `jobs` at once; first those that others wait for. The first failure ends it."""
-    names = {source.name[:2]: source for source in sources}
-    ahead = {source: names.get(AFTER.get(source.name[:2])) for source in sources}
-    waiting = sorted(sources, key=lambda source: (source not in ahead.values(), source))
+    ahead = {one: {two for two in sources if two.name[:2] in AFTER.get(one.name[:2], ())} for one in sources}
+    waiting = sorted(sources, key=lambda source: (source not in set().union(*ahead.values()), source))
     texts: dict[Path, str] = {}
     running: dict[Future, Path] = {}
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(sources), unit="notebook", disable=len(sources) < 2) as bar:
         while waiting or running:
-            ready = [source for source in waiting if ahead[source] is None or ahead[source] in texts]
+            ready = [source for source in waiting if ahead[source] <= set(texts)]
             for source in ready[: jobs - len(running)]:
                 waiting.remove(source)
                 running[pool.submit(execute, source)] = source
