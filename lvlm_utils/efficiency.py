@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import pandas as pd
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedConfig
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 
 from lvlm_utils.models import LVLM
 from lvlm_utils.prompts import Prompt, generate
@@ -57,12 +57,16 @@ def decoder_flops(config: PreTrainedConfig, tokens: int | Iterable[float], new_t
     }
 
 
-def tower_flops(config: PreTrainedConfig, pictures: int = 1) -> dict[str, int]:
+def tower_flops(
+    config: PreTrainedConfig, pictures: int = 1, tokens: Iterable[float] | None = None
+) -> dict[str, int]:
     """FLOPs of the plain vision transformer and the projector of a model: {"tower", "projector"}.
 
     `pictures` counts what the tower sees as one picture: images, tiles, frames. Every tile is encoded, those of padding
-    too. All layers count, because transformers runs all of them, whichever layer's features are used. ValueError where
-    the tower is no plain transformer over pictures of one size (Qwen-VL, VideoLLaMA3, DeepSeek-VL's hybrid).
+    too. All layers count, because transformers runs all of them, whichever layer's features are used. `tokens` are
+    those of one picture in each layer, [CLS] too, where a method makes them fewer (tome, downsample); the projector
+    sees all patches in any case. ValueError where the tower is no plain transformer over pictures of one size (Qwen-VL,
+    VideoLLaMA3, DeepSeek-VL's hybrid), and for a wrong number of layers.
     """
     if config.model_type not in _PLAIN:
         raise ValueError(
@@ -72,15 +76,19 @@ def tower_flops(config: PreTrainedConfig, pictures: int = 1) -> dict[str, int]:
     vision, text = config.vision_config, config.get_text_config()
     image, patch = (_side(getattr(vision, name)) for name in ("image_size", "patch_size"))
     width, patches = vision.hidden_size, (image // patch) ** 2
-    tokens = patches + (vision.model_type in ("clip_vision_model", "internvl_vision"))  # [CLS]
-    layer = 2 * tokens * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * tokens**2 * width
-    embedding = 2 * patches * vision.num_channels * patch**2 * width
+    extra = int(vision.model_type in ("clip_vision_model", "internvl_vision"))  # [CLS]
+    lengths = [patches + extra] * vision.num_hidden_layers if tokens is None else list(tokens)
+    if len(lengths) != vision.num_hidden_layers:
+        raise ValueError(f"tokens has {len(lengths)} lengths, the tower {vision.num_hidden_layers} layers: one each.")
+    per_token = 2 * (4 * width**2 + 2 * width * vision.intermediate_size)
+    layers = sum(per_token * n + 4 * width * n * n for n in lengths)
+    embedding = 2 * (lengths[0] - extra) * vision.num_channels * patch**2 * width
     fold = _FOLDED[config.model_type](config) if config.model_type in _FOLDED else 1
     used = getattr(config, "vision_feature_layers", None) or getattr(config, "vision_feature_layer", -1)
     features = width * fold * (len(used) if isinstance(used, list | tuple) else 1)
     linear = features * text.hidden_size + (config.model_type not in _ONE_LINEAR) * text.hidden_size**2
     return {
-        "tower": pictures * (vision.num_hidden_layers * layer + embedding),
+        "tower": round(pictures * (layers + embedding)),
         "projector": pictures * 2 * (patches // fold) * linear,
     }
 
@@ -98,9 +106,12 @@ def cache_bytes(
     return round(2 * text.num_key_value_heads * head * dtype.itemsize * entries)
 
 
-def measure(lvlm: LVLM, prompt: Prompt, new_tokens: int = 16, repeats: int = 5) -> pd.DataFrame:
+def measure(
+    lvlm: LVLM | PreTrainedModel, prompt: Prompt | dict[str, torch.Tensor], new_tokens: int = 16, repeats: int = 5
+) -> pd.DataFrame:
     """Time `generate`, one row per repeat: ttft, tpot (seconds) and peak_memory (bytes).
 
+    A bare model takes the keywords of its `generate` in place of a prompt: random weights need no processor.
     ttft is the time to the first token: tower, projector and prefill. tpot is the mean time of a decode step, the whole
     batch in one step. Exactly `new_tokens` tokens are generated, and every token waits for the device. Two runs come
     first: one to warm up, one for peak_memory (the function of that name says of what). Inside `lv.prune` the pruned
@@ -111,9 +122,11 @@ def measure(lvlm: LVLM, prompt: Prompt, new_tokens: int = 16, repeats: int = 5) 
 
     def run() -> dict[str, float]:
         clock = _Clock(lvlm.device)
-        generate(
-            lvlm, prompt, new_tokens, min_new_tokens=new_tokens, logits_processor=LogitsProcessorList([clock])
-        )  # fmt: skip
+        options = {"min_new_tokens": new_tokens, "logits_processor": LogitsProcessorList([clock])}
+        if isinstance(prompt, dict):
+            lvlm.generate(**prompt, **options, max_new_tokens=new_tokens, do_sample=False)
+        else:
+            generate(lvlm, prompt, new_tokens, **options)
         start, first, *_, last = clock.stamps
         return {"ttft": first - start, "tpot": (last - first) / (new_tokens - 1)}
 

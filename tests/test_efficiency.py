@@ -10,6 +10,8 @@ from transformers import AutoConfig, DynamicCache
 
 import lvlm_utils as lv
 from lvlm_utils import efficiency
+from lvlm_utils.parts import towers_of
+from lvlm_utils.pruning.vision import tower_layers
 
 PLAIN = ("llava", "vipllava", "llava_next", "llava_next_video", "video_llava", "llava_onevision", "deepseek_vl",
          "internvl", "idefics3", "smolvlm")  # fmt: skip
@@ -72,6 +74,31 @@ def test_tower_flops_are_those_torch_counts(family):
     assert sum(efficiency.tower_flops(model.config, pictures).values()) == found - 2 * decoder
 
 
+def test_tower_flops_where_a_method_lets_the_tower_see_less():
+    """Downsample needs no products of its own, so torch counts the model alone; ToMe's are those of its metric."""
+    model = families.build("llava")
+    model.set_attn_implementation("eager")
+    inputs = families.inputs(model, batch=1, padded=False)
+    seen = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, kwargs: seen.append((*args, *kwargs.values())[0].shape[1]), with_kwargs=True)
+        for layer in tower_layers(towers_of(model)["vision"])
+    ]  # fmt: skip
+    found = {}
+    for method in ("downsample", "tome"):
+        seen.clear()
+        with lv.prune(model, method, keep=4) as trace:
+            found[method] = counted(lambda: model(**inputs, logits_to_keep=1)).get_total_flops()
+        found[method] -= efficiency.decoder_flops(model.config, trace.tokens_per_layer)["prefill"]
+        found[method] -= sum(efficiency.tower_flops(model.config, 1, seen).values())
+    for hook in hooks:
+        hook.remove()
+    assert seen[0] == 17 and seen[-1] < seen[0]
+    assert found["downsample"] == 0 < found["tome"]
+    with pytest.raises(ValueError, match="2 lengths, the tower 3 layers"):
+        efficiency.tower_flops(model.config, 1, [17, 17])
+
+
 @pytest.mark.parametrize("family", sorted(set(families.FAMILY_NAMES) - set(PLAIN)))
 def test_a_tower_without_a_formula_says_so(family):
     with pytest.raises(ValueError, match=f"'{family}' has windows.*FlopCounterMode"):
@@ -108,6 +135,19 @@ def test_prefill_and_decode_are_timed_apart(tiny, image, monkeypatch):
     assert len(calls) == 4 * 6  # two repeats behind two runs that are not timed, whatever the model would say
     assert table["ttft"].tolist() == [5, 5] and table["tpot"].tolist() == [2, 2]
     assert (table["peak_memory"].isna() | (table["peak_memory"] > 18e6)).all()
+
+
+def test_a_bare_model_is_timed_by_its_own_generate():
+    """Exactly as many tokens as asked for, whatever the model would say; inside lv.prune the pruned model."""
+    model = families.build("llava")
+    inputs = families.inputs(model, batch=2, padded=False)
+    steps = []
+    hook = model.get_decoder().register_forward_hook(lambda *_: steps.append(1))
+    with lv.prune(model, "random", keep=4) as trace:
+        table = efficiency.measure(model, inputs, new_tokens=3, repeats=2)
+    hook.remove()
+    assert len(steps) == 4 * 3 and len(table) == 2 and (table[["ttft", "tpot"]] > 0).all(None)
+    assert trace.mean_visual == 4
 
 
 def test_peak_memory_sees_what_was_freed_again():

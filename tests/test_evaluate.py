@@ -161,8 +161,8 @@ def test_errors_become_rows_and_the_rest_is_answered(images, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"image": "grey"}, "original, white, black, none"), ({"prune": {"method": "fastv"}}, "that is a method of lv.prune"),
-     ({"batch_size": 0}, "at least 1")],
+    [({"image": "grey"}, "original, white, black, none"),
+     ({"prune": {"method": "fastv"}}, "that is a method of lv.prune"), ({"batch_size": 0}, "at least 1")],
 )  # fmt: skip
 def test_bad_options_raise(tiny, images, options, message):
     with pytest.raises(ValueError, match=message):

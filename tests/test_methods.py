@@ -84,3 +84,16 @@ def test_every_method_says_what_it_is(name):
         with pytest.raises(ValueError, match=r"\[CLS\]") as refused:
             method.plan(opened("deepseek_vl"), **OPTIONS.get(name, {"keep": 0.5}))
         assert any(other in str(refused.value) for other in METHODS if other != name)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].KIND != "text"])
+def test_every_visual_method_prunes_the_frames_of_a_video(name):
+    """Video-LLaVA: frames have a [CLS] token of their own, which methods before the language model leave out."""
+    model = opened("video_llava")
+    prompt = lv.prompt(model, question="Is the couch in the image?", video=tuple(picture(40, 40, i) for i in range(3)))
+    with lv.prune(model, name, **options(name, "video_llava")) as trace:
+        lv.generate(model, prompt, max_new_tokens=2)
+    visual, patches = (prompt.groups.visual[0], prompt.groups.visual[0] & (prompt.groups.row[0] >= 0))
+    left = int(trace.kept[-1, 0, visual].sum())
+    assert int(visual.sum()) == 51 and int(patches.sum()) == 48
+    assert 0 < left <= 48 and (left < 48 or name == "prumerge_plus")

@@ -20,6 +20,11 @@ HIDDEN = -1e30  # the score of a key that may not be seen; finite, so that 0 x s
 Turn = tuple[torch.Tensor, torch.Tensor]  # cosine and sine (batch or 1, tokens, rotated width)
 
 
+def scores_of(device: torch.device) -> int:
+    """Scores to hold at a time on `device`."""
+    return SCORES.get(device.type, SCORES["cuda"])
+
+
 def rows_of(device: torch.device) -> int:
     """Queries in a block on `device`."""
     return ROWS.get(device.type, ROWS["cuda"])
@@ -121,7 +126,7 @@ def _blocks(query: torch.Tensor, key: torch.Tensor, scale: float, view: Visibili
     batch, heads, tokens, _ = query.shape
     shared = heads // key.shape[1]  # heads that share a key head
     rows = max((b.bottom - b.top for part in view.parts for b in part.blocks), default=0)
-    room = SCORES.get(query.device.type, SCORES["cuda"]) // max(rows * tokens, 1)
+    room = scores_of(query.device) // max(rows * tokens, 1)
     fits = [n for n in range(1, heads + 1) if heads % n == 0 and (shared % n == 0 or n % shared == 0) and n <= room]
     step = max(fits, default=1)
     many = min(room // heads, batch) if step == heads else 1

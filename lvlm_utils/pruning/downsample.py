@@ -38,9 +38,9 @@ def small_grid(grid: tuple[int, int], keep: int) -> tuple[int, int]:
     return tuple(max(1, round(side * share)) for side in grid)
 
 
-def cells(grid: tuple[int, int], small: tuple[int, int]) -> Tensor:
+def cells(grid: tuple[int, int], small: tuple[int, int], device: torch.device | None = None) -> Tensor:
     """Which patch of the `small` grid covers each of the full `grid`, (patches,), both in reading order."""
-    rows, columns = (torch.arange(n) * m // n for n, m in zip(grid, small, strict=True))
+    rows, columns = (torch.arange(n, device=device) * m // n for n, m in zip(grid, small, strict=True))
     return (rows[:, None] * small[1] + columns).flatten()
 
 
@@ -83,8 +83,8 @@ class _Smaller:
             less = interpolate(pixels.float(), size=size, mode="bilinear", antialias=True).to(pixels.dtype)
             kwargs = {**kwargs, "interpolate_pos_encoding": True}
             args, kwargs = ((less, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": less})
-        source = torch.cat([torch.arange(self.skip), self.skip + cells(grid, small)])
-        source = source.to(pixels.device).expand(len(pixels), -1)
+        whole = torch.arange(self.skip, device=pixels.device)
+        source = torch.cat([whole, self.skip + cells(grid, small, pixels.device)]).expand(len(pixels), -1)
         self.maps = {small[0] * small[1] + self.skip: source}
         return args, kwargs
 

@@ -61,14 +61,22 @@ class Pictures:
     @cached_property
     def features(self) -> Tensor:
         """(P, V, C): what goes into the projector; the projected tokens where the projector mixes patches."""
-        found = [view.picture.get(("features", None)) for view in self.views]
-        if found[0] is None:
+        first = self.views[0]
+        if ("features", None) not in first.picture:
             return self.projected
-        if len(found[0]) == self.views[0].size:
-            return torch.stack([self._of_tokens(x.T, view).T for x, view in zip(found, self.views, strict=True)])
-        if len(found[0]) * self.views[0].patches.shape[1] == self.views[0].size:  # merged before the projector
+        found = [view.picture["features", None] for view in self.views]
+        if self._patch_by_patch:  # behind [CLS], which Video-LLaVA projects too
+            rows = [x[len(x) - first.size :].T for x in found]
+            return torch.stack([self._of_tokens(x, view).T for x, view in zip(rows, self.views, strict=True)])
+        if len(found[0]) * first.patches.shape[1] == first.size:  # merged before the projector
             return torch.stack([x[view.order.to(x.device)] for x, view in zip(found, self.views, strict=True)])
         return self.projected
+
+    @property
+    def _patch_by_patch(self) -> bool:
+        """Whether what goes into the projector is one row for each patch of the tower."""
+        first = self.views[0]
+        return len(first.picture.get(("features", None), ())) - first.size in (0, 1)
 
     def seen(self, name: str) -> Tensor:
         """What the plan sees ("cls", "received" or "given") of every visual token, (P, heads, V).
@@ -101,7 +109,7 @@ class Pictures:
 
     def project(self, features: Tensor) -> Tensor:
         """(..., C) -> (..., D) by the model's projector. ValueError where that mixes patches."""
-        if not self.one_to_one or len(self.views[0].picture.get(("features", None), ())) != self.views[0].size:
+        if not self.one_to_one or not self._patch_by_patch:
             raise ValueError(
                 f"The projector of {self._model} mixes patches, so merged ones cannot go through it: "
                 "take a method that only selects, such as vispruner or divprune."

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lvlm_utils.attention.intercept import Call, intercept
 from lvlm_utils.attention.record import CLASS_TOKEN, Views, patch_order
-from lvlm_utils.attention.streaming import SCORES, attention_row
+from lvlm_utils.attention.streaming import attention_row, scores_of
 from lvlm_utils.models import LVLM, bare
 from lvlm_utils.parts import family_of, towers_of
 
@@ -144,7 +144,7 @@ class _Watch:
         """received and given; a few pictures at a time, so that memory is bounded for many tiles."""
         pictures, heads, tokens, _ = call.query.shape
         view, skip = self.views.of(call), int(self.has_class)
-        step = max(1, SCORES.get(call.query.device.type, SCORES["cuda"]) // (heads * tokens * tokens))
+        step = max(1, scores_of(call.query.device) // (heads * tokens * tokens))
         key = call.key.repeat_interleave(heads // call.key.shape[1], 1).float()
         parts = []
         for start in range(0, pictures, step):
