@@ -96,8 +96,8 @@ def _alone(options: argparse.Namespace) -> dict:
     for patches in (576, 2880):
         for batch in (1, 8):
             for name, call in _calls(patches, batch, options).items():
-                call()
-                taken = [seconds(call, device) for _ in range(options.repeats)]
+                first = seconds(call, device)  # to warm up; what takes seconds is timed once
+                taken = [seconds(call, device) for _ in range(options.repeats if first < 2 else 1)]
                 found.setdefault(name, {})[f"{patches} x {batch}"] = round(statistics.median(taken), 5)
     return found
 

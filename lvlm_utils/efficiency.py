@@ -57,9 +57,7 @@ def decoder_flops(config: PreTrainedConfig, tokens: int | Iterable[float], new_t
     }
 
 
-def tower_flops(
-    config: PreTrainedConfig, pictures: int = 1, tokens: Iterable[float] | None = None
-) -> dict[str, int]:
+def tower_flops(config: PreTrainedConfig, pictures: int = 1, tokens: Iterable[float] | None = None) -> dict[str, int]:
     """FLOPs of the plain vision transformer and the projector of a model: {"tower", "projector"}.
 
     `pictures` counts what the tower sees as one picture: images, tiles, frames. Every tile is encoded, those of padding

@@ -91,7 +91,7 @@ def test_options_are_columns_and_part_of_the_key(tiny, images, tmp_path):
     pd.testing.assert_frame_equal(pruned["range"], pruned["default"])
     assert set(plain["options"]) == {"{}"} and set(plain["method"]) == {"none"} and set(plain["keep"]) == {1.0}
     options = json.loads(pruned["range"]["options"][0])
-    assert (options["drop"], options["layers"], options["reading"]) == (0.3, [0, 1, 2], "received")
+    assert (options["drop"], options["layers"], options["reading"]) == (0.3, [0, 1, 2], "question")
     assert "groups" not in options and "name" not in options
     assert set(pruned["both"]["method"]) == {"fastv+context"} and set(pruned["both"]["keep"]) == {0.5}
     assert [one.get("layers") for one in json.loads(pruned["both"]["options"][0])] == [None, [1, 2]]

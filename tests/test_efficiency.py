@@ -80,10 +80,12 @@ def test_tower_flops_where_a_method_lets_the_tower_see_less():
     model.set_attn_implementation("eager")
     inputs = families.inputs(model, batch=1, padded=False)
     seen = []
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, kwargs: seen.append((*args, *kwargs.values())[0].shape[1]), with_kwargs=True)
-        for layer in tower_layers(towers_of(model)["vision"])
-    ]  # fmt: skip
+
+    def note(_, args, kwargs) -> None:
+        seen.append((*args, *kwargs.values())[0].shape[1])
+
+    layers = tower_layers(towers_of(model)["vision"])
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     found = {}
     for method in ("downsample", "tome"):
         seen.clear()
@@ -146,7 +148,7 @@ def test_a_bare_model_is_timed_by_its_own_generate():
     with lv.prune(model, "random", keep=4) as trace:
         table = efficiency.measure(model, inputs, new_tokens=3, repeats=2)
     hook.remove()
-    assert len(steps) == 4 * 3 and len(table) == 2 and (table[["ttft", "tpot"]] > 0).all(None)
+    assert len(steps) == 4 * 3 and len(table) == 2 and table[["ttft", "tpot"]].min(axis=None) > 0
     assert trace.mean_visual == 4
 
 

@@ -13,7 +13,8 @@ from lvlm_utils import ROOT
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 EXPECTED = [
     "00_start_here", "01_long_context_dataset", "02_context_length", "03_language_priors", "04_object_size",
-    "05_attention_by_layer", "06_attention_shift", "07_attention_dispersion", "11_information_flow",
+    "05_attention_by_layer", "06_attention_shift", "07_attention_dispersion", "08_context_pruning",
+    "09_context_pruning_ablations", "10_visual_token_pruning", "11_information_flow", "12_efficiency",
 ]  # fmt: skip
 MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|work|tmp|Users|mnt|opt)/|[A-Z]:\\\\Users")
 

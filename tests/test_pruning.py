@@ -16,6 +16,8 @@ from lvlm_utils.parts import decoder_of
 from lvlm_utils.pruning import METHODS, Plan, context, fastv, prune
 from lvlm_utils.pruning.engine import standing, told
 
+RECEIVED = {"protect": (), "reading": "received"}  # what needs no groups of tokens
+
 
 def by_hand(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """A plain attention function of a user."""
@@ -212,7 +214,7 @@ def test_a_loop_by_hand_is_generate(family):
 
 
 @pytest.mark.parametrize("attention", ["eager", "by_hand", "two_dimensional"])
-@pytest.mark.parametrize("name, options", [("fastv", {}), ("context", {"layers": (0, 1), "protect": ()})])
+@pytest.mark.parametrize("name, options", [("fastv", {}), ("context", {**RECEIVED, "layers": (0, 1)})])
 def test_methods_choose_alike_under_every_implementation(attention, name, options):
     kept = []
     for implementation in ("sdpa", attention):
@@ -223,7 +225,7 @@ def test_methods_choose_alike_under_every_implementation(attention, name, option
     assert torch.equal(*kept) and not kept[0][3].equal(kept[0][0])
 
 
-@pytest.mark.parametrize("name, options", [("fastv", {}), ("context", {"layers": (0, 1, 2), "protect": ()})])
+@pytest.mark.parametrize("name, options", [("fastv", {}), ("context", {**RECEIVED, "layers": (0, 1, 2)})])
 def test_rows_of_a_batch_do_not_touch_each_other(name, options):
     model, batch, plain = example()
     with prune(model, name, **options) as trace:
@@ -380,7 +382,7 @@ def test_the_model_is_as_it_was(family):
         raise RuntimeError("in the middle of a prefill")
 
     for _ in range(2):  # also when used again
-        with prune(model, "fastv") as trace, prune(model, "context", protect=(), layers=[1]):
+        with prune(model, "fastv") as trace, prune(model, "context", protect=(), layers=[1], reading="received"):
             first = greedy(model, batch)
         assert state(model) == before and standing(model, 0) is None
         with pytest.raises(RuntimeError, match="body"), prune(model, "fastv"):
@@ -392,7 +394,7 @@ def test_the_model_is_as_it_was(family):
         assert state(model) == before
         assert same(greedy(model, batch), plain.plain)
     with prune(model, "fastv"):
-        with prune(model, "context", protect=(), layers=[1]) as trace:
+        with prune(model, "context", protect=(), layers=[1], reading="received") as trace:
             assert same(greedy(model, batch), first)
         greedy(model, batch)
         assert torch.equal(trace.kept[1], plain.real) and not torch.equal(trace.kept[2], plain.real)

@@ -108,8 +108,10 @@ def _stated(lvlm: LVLM, name: str, options: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"{name} has no option {', '.join(sorted(unknown))}. There are: {', '.join(one.name for one in own)}."
         )
-    stated = {one.name: _plain(name, one.name, options.get(one.name, one.default)) for one in own
-              if one.name in options or one.default is not one.empty}  # fmt: skip
+    chosen = {one.name: options.get(one.name, one.default) for one in own}
+    chosen = {key: value.__name__ if value is known.parameters[key].default and callable(value) else value
+              for key, value in chosen.items() if value is not known.empty}  # fmt: skip
+    stated = {key: _plain(name, key, value) for key, value in chosen.items()}
     if missing := [one.name for one in own if one.name not in stated]:
         raise ValueError(f"{name} needs its option {', '.join(missing)}.")
     return {one.name: stated[one.name] for one in own if stated[one.name] is not None or one.default is not None}

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lvlm_utils.models import LVLM
+from lvlm_utils.models import LVLM, bare
+from lvlm_utils.parts import family_of
 from lvlm_utils.pruning.budget import check_drop, check_keep, kept
 from lvlm_utils.pruning.text import check_protect, droppable, knowing, noise
 from lvlm_utils.pruning.text import select as lowest_go
@@ -40,17 +41,22 @@ def plan(
     seed: int = 0,
     protect: Sequence[str] = ("system", "question"),
     groups: "TokenGroups | None" = None,
-    positions: str = "original",
+    positions: str | None = None,
 ) -> Plan:
     """Before `layer`, either `keep` visual tokens of every picture, a share or a number, or `drop` that share of text.
 
     Pictures are counted as the vision tower sees them, tile by tile. Text that stays in any case is as in context
     pruning. Groups are known where `lv.generate` asks; a bare call of the model needs `groups=prompt.groups`.
+    positions: by default "contiguous" for visual tokens before layer 0, as in the methods that this is the control of,
+    where the model can number them anew, else "original".
     ValueError unless exactly one of keep and drop is given.
     """
     if (keep is None) == (drop is None):
         raise ValueError("Give exactly one: keep= for visual tokens, or drop= for text.")
     check_protect(protect)
+    if positions is None:
+        anew = keep is not None and layer == 0 and not family_of(bare(lvlm_or_model)).grid_positions
+        positions = "contiguous" if anew else "original"
 
     def choose_visual(tokens: Tokens) -> Tensor:
         drawn = noise(tokens, seed)
