@@ -4,7 +4,7 @@
     python benchmarks/selection.py --device cuda --dtype bfloat16 --width 4096 --layers 32 --heads 32
 
 Alone: the pure function of each method on random tensors as the tower of LLaVA-1.5 gives them (1,024 wide, 16 heads),
-576 and 2,880 patches, one picture and eight; a ninth of the tokens is kept. In a prefill: a random LLaVA with three
+576 and 2,880 patches, one picture and eight; a ninth of the tokens is kept. In a prefill: a random LLaVA with six
 layers of that tower, 576 visual and 64 other tokens, each method in turn with the plain model in one process. What is
 saved is the plain prefill less the pruned one; the choice comes out of that, so it is added again before its share is
 taken: share = choice / (saved + choice). The share falls with the depth of the model, which the choice does not know.
@@ -105,7 +105,7 @@ def _alone(options: argparse.Namespace) -> dict:
 def _build(options: argparse.Namespace) -> tuple[LlavaForConditionalGeneration, dict]:
     """A random LLaVA with the first layers of CLIP-L/14-336, and a prompt."""
     vision = CLIPVisionConfig(
-        hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=3, num_attention_heads=HEADS, image_size=336,
+        hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=6, num_attention_heads=HEADS, image_size=336,
         patch_size=14,
     )  # fmt: skip
     text = LlamaConfig(
