@@ -178,6 +178,13 @@ def test_numpy_numbers_are_options(tiny):
     assert json.loads(found.options)["drop"] == 0.25 and found.methods[0][1]["layers"] == [0, 1]
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_states_its_options(tiny, name):
+    found = read(tiny, {"name": name} | ({"keep": 0.5} if name == "random" else {}))
+    assert found.name == name and json.loads(found.options)["positions"] in ("original", "contiguous", None)
+    assert "0x" not in found.options  # no address of a function: the same in every process
+
+
 @pytest.mark.parametrize("asks", [True, False])
 def test_a_prompt_that_cannot_be_pruned_is_a_row(tiny, images, methods, asks, monkeypatch):
     samples = table(images[:2], (0, 60))

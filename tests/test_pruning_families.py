@@ -77,3 +77,29 @@ def check(model, batch, plain, cases):
             other_positions.append((plain.logits(row, new[:-1], stays, not_anew) - wanted).abs().max())
     assert max(errors) < 1e-4
     assert min(not_pruned + other_positions) > 0.05
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("positions", ["original", "contiguous"])
+@pytest.mark.parametrize("layers", LAYERS)
+def test_decode_steps_lose_the_hooks_that_they_do_not_need(layers, positions, attention):
+    """Without padding, sdpa needs no mask: layers are plain again, and logits those of the recomputation."""
+    model = build("llava")
+    model.set_attn_implementation(attention)
+    batch = inputs(model, padded=False)
+    plain = Recomputation(model, batch)
+    stays = drops(plain.real, layers, equal=True)
+    hooks = []
+    watch = plain.decoder.register_forward_pre_hook(
+        lambda *_: hooks.append(sum(len(layer._forward_pre_hooks) for layer in plain.decoder.layers))
+    )
+    with watch, prune(model, plan_of(stays, positions)):
+        got = greedy(model, batch)
+        again = greedy(model, batch)
+    assert same(got, again)  # the second prompt is pruned like the first
+    for row in range(len(plain.real)):
+        new = got.sequences[row, batch["input_ids"].shape[1] :]
+        wanted = plain.logits(row, new[:-1], stays, tuple(stays) if positions == "contiguous" else ())
+        assert (torch.stack([step[row] for step in got.logits]) - wanted).abs().max() < 1e-4
+    needed = attention == "eager" or (positions == "contiguous" and layers != (0,))
+    assert (hooks[5] > 0) == needed and hooks[5] in (0, len(plain.decoder.layers))
