@@ -180,7 +180,7 @@ def test_numpy_numbers_are_options(tiny):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_states_its_options(tiny, name):
-    found = read(tiny, {"name": name} | ({"keep": 0.5} if name == "random" else {}))
+    found = read(tiny, {"name": name} | ({"keep": 0.5} if name in ("random", "tome") else {}))
     assert found.name == name and json.loads(found.options).get("positions") in ("original", "contiguous", None)
     assert "0x" not in found.options  # no address of a function: the same in every process
 
