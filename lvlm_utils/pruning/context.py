@@ -2,9 +2,9 @@
 
 There is no official code, so this is our reading. Eq. 4 sums a softmax row, which is always 1 and cannot rank; read as
 attention received it leaves open from whom. Column sums keep the beginning of a text, the opposite of what the paper
-shows in Fig. 17 and 18; of the readings tried in notebook 09, the mean row of the question is nearest to both, and is
-the default. The others: all tokens, the same per query that can see the token, the last token's row, and the column sum
-over the context alone, which no question changes.
+shows in Fig. 17 and 18. Of the readings tried in notebook 09 the mean row of the question fits the marks of Fig. 17
+best and is the default; by Fig. 18 alone it would be the second. The others: all tokens, the same per query that can
+see the token, the last token's row, and the column sum over the context alone, which no question changes.
 """
 
 from collections.abc import Iterable, Sequence
