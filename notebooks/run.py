@@ -20,6 +20,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
@@ -109,15 +110,19 @@ def _run_all(sources: list[Path], execute: Callable[[Path], str], jobs: int) -> 
     waiting = sorted(sources, key=lambda source: (source not in set().union(*ahead.values()), source))
     texts: dict[Path, str] = {}
     running: dict[Future, Path] = {}
+    began = {}
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(sources), unit="notebook", disable=len(sources) < 2) as bar:
         while waiting or running:
             ready = [source for source in waiting if ahead[source] <= set(texts)]
             for source in ready[: jobs - len(running)]:
                 waiting.remove(source)
                 running[pool.submit(execute, source)] = source
+                began[source] = time.monotonic()
             bar.set_postfix_str(", ".join(sorted(source.name[:2] for source in running.values())))
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                texts[running.pop(future)] = future.result()
+                source = running.pop(future)
+                texts[source] = future.result()
+                bar.write(f"{source.stem}: {time.monotonic() - began[source]:.0f} s", file=sys.stderr)
                 bar.update()
     return texts
 

@@ -7,8 +7,8 @@ from conftest import ask, build, same, table, text_of
 
 import lvlm_utils as lv
 from lvlm_utils import evaluate
-from lvlm_utils.evaluate import replies, summary
-from lvlm_utils.evaluate.prefix import answer_shared, clusters
+from lvlm_utils.evaluate import summary
+from lvlm_utils.evaluate.prefix import answer_shared, clusters, word_ids
 from lvlm_utils.evaluate.replies import parse
 
 
@@ -36,7 +36,7 @@ def test_separate_prompts_are_what_prompt_and_generate_give(tiny, images):
         assert found.n_context_tokens == int(prompt.groups.context.sum()) and found.n_visual_tokens == 16
         with torch.inference_mode():
             logits = tiny.model(**prompt.inputs).logits[0, -1]
-        yes, no = (logits[list(replies._word_ids(tiny.tokenizer, word))].max() for word in ("yes", "no"))
+        yes, no = (logits[list(word_ids(tiny.tokenizer, word))].max() for word in ("yes", "no"))
         assert abs(float(yes - no) - found.margin) < 1e-4
 
 

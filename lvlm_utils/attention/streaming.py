@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 
 import torch
 
-from lvlm_utils.attention.visibility import Visibility
+from lvlm_utils.attention.visibility import Part, Visibility
 
 # Scores held at a time: on a CPU 4 MiB, which stay in its caches; a GPU wants fewer and larger kernels.
 SCORES = {"cpu": 2**20, "cuda": 2**25}
@@ -88,7 +88,8 @@ def stream(
         weights = torch.cat(weights, 2).transpose(1, 2)[:, None]
         weights = weights if view.real is None else weights * view.real[:, None, None]
         columns = zeros[:, :, None].repeat(1, 1, weights.shape[2], 1)
-    for (prompts, some, rows), block, scores, attention in _blocks(query, key, scale, view, dtype):
+    parts = view.parts if {"received", "entropy", "variance"} & set(wanted) else view.asked(groups.any(2))
+    for (prompts, some, rows), block, scores, attention in _blocks(query, key, scale, view, parts, dtype):
         if columns is not None:
             of_rows = weights[prompts, :, :, rows].expand(-1, scores.shape[1], -1, -1).flatten(0, 1)
             part = columns[prompts, some, :, block.first : block.end].flatten(0, 1)
@@ -117,7 +118,9 @@ def stream(
     return out
 
 
-def _blocks(query: torch.Tensor, key: torch.Tensor, scale: float, view: Visibility, dtype: torch.dtype) -> Iterator:
+def _blocks(
+    query: torch.Tensor, key: torch.Tensor, scale: float, view: Visibility, parts: list[Part], dtype: torch.dtype
+) -> Iterator:
     """For each block of rows of a few heads: its place (prompts, heads, queries), the Block, and two buffers.
 
     They hold the scores (HIDDEN for hidden keys) and their softmax, (prompts, heads, queries, keys), and may be
@@ -125,13 +128,13 @@ def _blocks(query: torch.Tensor, key: torch.Tensor, scale: float, view: Visibili
     """
     batch, heads, tokens, _ = query.shape
     shared = heads // key.shape[1]  # heads that share a key head
-    rows = max((b.bottom - b.top for part in view.parts for b in part.blocks), default=0)
+    rows = max((b.bottom - b.top for part in parts for b in part.blocks), default=0)
     room = scores_of(query.device) // max(rows * tokens, 1)
     fits = [n for n in range(1, heads + 1) if heads % n == 0 and (shared % n == 0 or n % shared == 0) and n <= room]
     step = max(fits, default=1)
     many = min(room // heads, batch) if step == heads else 1
     buffers = query.new_empty(2, many * step * rows * tokens, dtype=dtype)
-    for part in view.parts:
+    for part in parts:
         for start in range(part.start, part.stop, many):
             prompts = slice(start, min(start + many, part.stop))
             for first in range(0, heads, step):

@@ -83,6 +83,14 @@ class Visibility:
             start = self.parts.pop().start if joins else row
             self.parts.append(Part(start, row + 1, same))
 
+    def asked(self, queries: torch.Tensor) -> list[Part]:
+        """The parts with only those blocks in which one of the `queries`, bool (batch, tokens), stands."""
+        queries = queries.cpu()
+        return [
+            Part(part.start, part.stop, [b for b in part.blocks if queries[part.start : part.stop, b.top : b.bottom].any()])
+            for part in self.parts
+        ]
+
     def visible(self, top: int, bottom: int, keys: slice = slice(None), prompts: slice = slice(None)) -> torch.Tensor:
         """Bool (prompts or 1, queries top to bottom, keys)."""
         if self.mask is not None and self.mask.dim() == 4:

@@ -40,7 +40,7 @@ def answer(
     share: bool = True,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Ask every row of `samples` greedily; one row of results per sample, in the same order.
+    """Ask every row of `samples` greedily; one row of results per sample, in the same order. A yes or no ends an answer.
 
     `samples` needs the columns image (path or PIL image), context, question, and may have those of META. `image` is the
     picture shown: "original", a "white" or "black" one of the same size, or "none". With `share`, prompts about one

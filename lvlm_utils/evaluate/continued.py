@@ -10,7 +10,7 @@ from dataclasses import fields
 
 import torch
 
-from lvlm_utils.evaluate.prefix import Reply, eos_ids, until
+from lvlm_utils.evaluate.prefix import Reply, stop_ids, until
 from lvlm_utils.evaluate.pruned import MEASURED, counts
 from lvlm_utils.models import LVLM
 from lvlm_utils.prompts import Prompt
@@ -77,7 +77,7 @@ def _greedy(
     lvlm: LVLM, go_on: Continuation, rests: list[list[int]], max_new_tokens: int
 ) -> tuple[list[list[int]], torch.Tensor]:
     """New token ids of every prompt, and logits of the first (rows, vocabulary), float32 on the CPU."""
-    stop, width = eos_ids(lvlm), max(len(rest) for rest in rests)
+    stop, width = stop_ids(lvlm), max(len(rest) for rest in rests)
     pad = lvlm.tokenizer.pad_token_id
     tokens = torch.tensor([[pad] * (width - len(rest)) + rest for rest in rests], device=lvlm.device)
     real = torch.tensor([[at >= width - len(rest) for at in range(width)] for rest in rests], device=lvlm.device)

@@ -7,8 +7,10 @@ in full and keeps the positions it has alone, so the results are those of separa
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from inspect import signature
 
+import numpy as np
 import torch
 from transformers import DynamicCache
 
@@ -20,7 +22,7 @@ PACK_TOKENS = 2048  # at most so many new tokens a forward: attention inside a p
 
 @dataclass
 class Reply:
-    """New token ids (ending in EOS when the model stopped), float32 logits of the first, tokens computed to get it.
+    """New token ids (ending in the one of `stop_ids` that came, if any), float32 logits of the first, tokens computed to get it.
 
     `kept` counts the tokens that went into the layers of a pruned prompt, by name.
     """
@@ -52,12 +54,12 @@ def clusters(ids: list[list[int]], visual_end: int) -> Iterator[tuple[list[int],
     """
     left = sorted(range(len(ids)), key=lambda row: len(ids[row]), reverse=True)
     while left:
-        anchor = torch.tensor(ids[left[0]])
+        anchor = np.asarray(ids[left[0]])
         rows, cuts, rest = [], [], []
         for row in left:
-            mine = torch.tensor(ids[row])
-            differs = (mine != anchor[: len(mine)]).nonzero()
-            cut = min(int(differs[0]) if len(differs) else len(mine), len(mine) - 1)
+            mine = np.asarray(ids[row])
+            differs = mine != anchor[: len(mine)]
+            cut = min(int(differs.argmax()) if differs.any() else len(mine), len(mine) - 1)
             shares = row == left[0] or (cut >= max(visual_end, 1) and len(mine) - cut <= max(64, cut))
             (rows if shares else rest).append(row)
             cuts += [cut] * shares
@@ -108,7 +110,7 @@ def fork(cache: DynamicCache, length: int) -> DynamicCache:
 def _greedy(
     lvlm: LVLM, prefix: DynamicCache, cut: int, rests: list[list[int]], cuts: list[int], max_new_tokens: int
 ) -> list[Reply]:
-    device, stop = lvlm.device, eos_ids(lvlm)
+    device, stop = lvlm.device, stop_ids(lvlm)
     cache = fork(prefix, cut)
     starts = torch.tensor(cuts, device=device)
     # of every token behind the prefix: the prompt it belongs to and its position there
@@ -149,11 +151,18 @@ def _mask(lvlm: LVLM, allowed: torch.Tensor) -> torch.Tensor:
     return zeros.masked_fill(~allowed, torch.finfo(lvlm.dtype).min)[None, None]
 
 
-def eos_ids(lvlm: LVLM) -> set[int]:
-    """Token ids that end an answer."""
+def stop_ids(lvlm: LVLM) -> set[int]:
+    """Token ids that end an answer: EOS, and a yes or no, behind which nothing is read."""
     ids = lvlm.model.generation_config.eos_token_id
     ids = lvlm.tokenizer.eos_token_id if ids is None else ids
-    return set(ids) if isinstance(ids, list | tuple) else {ids}
+    ends = set(ids) if isinstance(ids, list | tuple) else {ids}
+    return ends.union(word_ids(lvlm.tokenizer, "yes"), word_ids(lvlm.tokenizer, "no"))
+
+
+@lru_cache(maxsize=16)
+def word_ids(tokenizer, word: str) -> tuple[int, ...]:
+    """Tokens that are `word`, in any case, with or without the mark of a space before it."""
+    return tuple(i for token, i in tokenizer.get_vocab().items() if token.strip("Ġ▁ ").lower() == word)
 
 
 def until(ids: list[int], stop: set[int]) -> list[int]:

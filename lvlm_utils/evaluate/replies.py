@@ -3,7 +3,6 @@
 import re
 import time
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import pandas as pd
@@ -12,7 +11,7 @@ import transformers
 from PIL import Image
 
 from lvlm_utils.evaluate.continued import answer_continued, begin_alike
-from lvlm_utils.evaluate.prefix import Reply, answer_shared, clusters, eos_ids, until
+from lvlm_utils.evaluate.prefix import Reply, answer_shared, clusters, stop_ids, until, word_ids
 from lvlm_utils.evaluate.pruned import MEASURED, counts
 from lvlm_utils.models import LVLM
 from lvlm_utils.prompts import Encoded, assemble, blank, check_length, encode, greedy_options, open_image, render
@@ -155,7 +154,7 @@ def _separate(lvlm: LVLM, group: list[Asked], max_new_tokens: int, trace: Trace 
     """Greedy replies to separate prompts, as one left-padded batch."""
     rows = [one.row for one in group]
     prompt = assemble(lvlm, [one.picture for one in group], [r.context for r in rows], [r.question for r in rows])
-    stop = eos_ids(lvlm)
+    stop = stop_ids(lvlm)
     with told(lvlm.model, prompt.groups):
         output = lvlm.model.generate(
             **prompt.inputs, **greedy_options(lvlm, max_new_tokens), eos_token_id=sorted(stop), output_logits=True,
@@ -173,18 +172,12 @@ def _results(lvlm: LVLM, group: list[Asked], replies: list[Reply], seconds: floa
     results = []
     for one, reply in zip(group, replies, strict=True):
         raw = lvlm.tokenizer.decode(reply.ids, skip_special_tokens=True).strip()
-        yes, no = (reply.logits[list(_word_ids(lvlm.tokenizer, word))] for word in ("yes", "no"))
+        yes, no = (reply.logits[list(word_ids(lvlm.tokenizer, word))] for word in ("yes", "no"))
         margin = float(yes.max() - no.max()) if len(yes) and len(no) else float("nan")
         found = {"answer": parse(raw), "raw": raw, "margin": margin, "n_prefill_tokens": reply.computed}
         found |= reply.kept or _unpruned(one)
         results.append(_row(one.row, seconds=seconds / len(group), **found, **_counts(one)))
     return results
-
-
-@lru_cache(maxsize=16)
-def _word_ids(tokenizer, word: str) -> tuple[int, ...]:
-    """Tokens that are `word`, in any case, with or without the mark of a space before it."""
-    return tuple(i for token, i in tokenizer.get_vocab().items() if token.strip("Ġ▁ ").lower() == word)
 
 
 def _counts(one: Asked) -> dict[str, int]:
