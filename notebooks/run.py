@@ -3,7 +3,9 @@
     python notebooks/run.py                           the embedded model; executed in place
     python notebooks/run.py --model owner/checkpoint  copies in results/<model>/notebooks; committed ones untouched
     python notebooks/run.py --only 02 --samples 60    one notebook, fewer questions; also a copy
+    python notebooks/run.py --force                   also those that are up to date
 
+A plain run leaves out what is up to date (uptodate.py): no code, data or package that it reads has changed since.
 With the embedded model several run at once, with one thread each: its small matrices gain little from a second thread
 (1.2 to 1.35 times), and so the numbers do not hang on how many cores there are. What a cell computes is left to the
 notebooks; how figures are drawn and saved to lvlm_utils.figures.
@@ -31,6 +33,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 FOLDER = Path(__file__).resolve().parent
+sys.path.append(str(FOLDER))
+from uptodate import Notes  # noqa: E402
+
 ROOT = FOLDER.parent
 EMBEDDED = "tiny-llava"
 # reads what the others ask and keep
@@ -64,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the notebooks asked for. Returns the exit status: 0, or 1 with the reason on stderr."""
     options = _options().parse_args(arguments)
     try:
-        run(options.model, options.samples, options.only, options.out, options.jobs)
+        run(options.model, options.samples, options.only, options.out, options.jobs, options.force)
     except NotebookError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
@@ -77,12 +82,14 @@ def run(
     only: str = "",
     out: Path | None = None,
     jobs: int | None = None,
+    force: bool = False,
     **parameters: object,
 ) -> list[Path]:
     """Execute notebooks whose name starts with `only`; write them when all have succeeded; return the paths written.
 
     `jobs` run at once: by default one for each core with the embedded model, else one. In place only for a plain run of
-    the embedded model. `parameters` reach the notebooks that know them.
+    the embedded model, which leaves out what is up to date unless it is named by `only` or `force` says so.
+    `parameters` reach the notebooks that know them.
     Raises NotebookError when a cell fails or a result is too large.
     """
     sources = sorted(FOLDER.glob(f"{only}*.ipynb"))
@@ -94,6 +101,13 @@ def run(
         given.setdefault("FIGURES", str(ROOT / "results" / EMBEDDED))
     target = out or (ROOT / "results" / name_of(model) / "notebooks" if given else FOLDER)
     embedded = "MODEL" not in given
+    notes = None if given or out else Notes(FOLDER, EMBEDDED, AFTER)
+    if notes and not only and not force:
+        ready = notes.fresh(sources)
+        print(f"{len(ready)} of {len(sources)} notebooks are up to date (--force runs them too).", file=sys.stderr)
+        sources = [source for source in sources if source not in ready]
+        if not sources:
+            return []
     jobs = min(len(sources), jobs or (min(JOBS, os.cpu_count() or 1) if embedded else 1))
     with tempfile.TemporaryDirectory() as scratch:
         _prepare_environment(Path(scratch), embedded)
@@ -101,6 +115,8 @@ def run(
     finished = {target / source.name: texts[source] for source in sources}
     for path, text in finished.items():
         write(path, text)
+    if notes:
+        notes.keep(sources, write)
     return list(finished)
 
 
@@ -267,6 +283,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, help="questions per context length (default: as in each notebook)")
     parser.add_argument("--only", default="", help="run only notebooks whose file name starts with this, e.g. 02")
     parser.add_argument("--jobs", type=int, help="notebooks at once (default: one a core with the embedded model)")
+    parser.add_argument("--force", action="store_true", help="run also what is up to date")
     parser.add_argument("--out", type=Path, help="folder for the executed notebooks instead of the usual one")
     return parser
 

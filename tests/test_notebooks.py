@@ -150,6 +150,39 @@ def test_runner_cleans_and_repeats_the_same_bytes(notebooks_in):
     assert path.read_bytes() == first
 
 
+def test_runner_leaves_out_what_is_up_to_date(notebooks_in):
+    """A notebook runs again when it, what it reads or what it wrote has changed, and so does one that reads it."""
+    count = "import pathlib\nwith pathlib.Path(f'../{ME}.txt').open('a') as ran:\n    print('.', end='', file=ran)"
+    for number in ("00", "02", "03"):
+        path = small_notebook(notebooks_in, f"MODEL = 'tiny-llava'\nME = '{number}'", count)
+        path.rename(path.with_name(f"{number}_small.ipynb"))
+    root = notebooks_in.parent
+    figure, data = root / "figures" / "tiny-llava" / "00_figure.csv", root / "data" / "world.json"
+    for file in (figure, data):
+        file.parent.mkdir(parents=True)
+        file.write_text("1")
+
+    def ran():
+        return [len((root / f"{number}.txt").read_text()) for number in ("00", "02", "03")]
+
+    assert len(runner.run()) == 3 and ran() == [1, 1, 1]
+    assert runner.run() == [] and ran() == [1, 1, 1]
+    figure.unlink()
+    runner.run()
+    assert ran() == [2, 1, 1]
+    path = notebooks_in / "02_small.ipynb"
+    path.write_text(path.read_text().replace("import pathlib", "import pathlib "))
+    runner.run()
+    assert ran() == [2, 2, 2]  # 03 reads what 02 asked
+    data.write_text("2")
+    runner.run()
+    assert ran() == [3, 3, 3]
+    runner.run(only="00")
+    assert ran() == [4, 3, 3]
+    runner.run(force=True)
+    assert ran() == [5, 4, 4]
+
+
 def test_runner_writes_other_models_aside(notebooks_in):
     path = small_notebook(notebooks_in, "MODEL = 'tiny-llava'\nSAMPLES = 3", "print(MODEL, SAMPLES)")
     before = path.read_bytes()

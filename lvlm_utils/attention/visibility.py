@@ -87,7 +87,11 @@ class Visibility:
         """The parts with only those blocks in which one of the `queries`, bool (batch, tokens), stands."""
         queries = queries.cpu()
         return [
-            Part(part.start, part.stop, [b for b in part.blocks if queries[part.start : part.stop, b.top : b.bottom].any()])
+            Part(
+                part.start,
+                part.stop,
+                [b for b in part.blocks if queries[part.start : part.stop, b.top : b.bottom].any()],
+            )
             for part in self.parts
         ]
 

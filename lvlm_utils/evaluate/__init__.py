@@ -40,15 +40,15 @@ def answer(
     share: bool = True,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Ask every row of `samples` greedily; one row of results per sample, in the same order. A yes or no ends an answer.
+    """Ask every row of `samples` greedily; one row of results per sample, in the same order.
 
     `samples` needs the columns image (path or PIL image), context, question, and may have those of META. `image` is the
     picture shown: "original", a "white" or "black" one of the same size, or "none". With `share`, prompts about one
     picture reuse the keys and values of their common beginning; the answers are those of separate prompts.
     `out` is a parquet file: rows already there are not asked again, unless model, data or settings changed. A picture
     or prompt that fails becomes a row with `error`, counted in one warning. Rows are split over the processes of
-    `accelerate launch`. `margin` is the logit of yes minus that of no (best of their spellings) at the first new token.
-    Raises ValueError for a wrong `image`, a missing column, or `prune` (not available yet).
+    `accelerate launch`. `margin` is the logit of yes minus that of no (best of their spellings) at the first new token; a yes or
+    no ends an answer. Raises ValueError for a wrong `image`, a missing column, or `prune` (not available yet).
     """
     if image not in CONDITIONS:
         raise ValueError(f"image={image!r} is not one of {', '.join(CONDITIONS)}.")

@@ -22,7 +22,7 @@ PACK_TOKENS = 2048  # at most so many new tokens a forward: attention inside a p
 
 @dataclass
 class Reply:
-    """New token ids (ending in the one of `stop_ids` that came, if any), float32 logits of the first, tokens computed to get it.
+    """New token ids (up to one of `stop_ids`), float32 logits of the first, tokens computed to get it.
 
     `kept` counts the tokens that went into the layers of a pruned prompt, by name.
     """
