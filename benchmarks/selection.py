@@ -3,12 +3,13 @@
     python benchmarks/selection.py                      # shapes of CLIP-L/14-336, decoder layers of 2048
     python benchmarks/selection.py --device cuda --dtype bfloat16 --width 4096 --layers 32 --heads 32
 
-Alone: the pure function of each method on random tensors as the tower of LLaVA-1.5 gives them (1,024 wide, 16 heads),
-576 and 2,880 patches, one picture and eight; a ninth of the tokens is kept. In a prefill: a random LLaVA with six
-layers of that tower, 576 visual and 64 other tokens, each method in turn with the plain model in one process. What is
-saved is the plain prefill less the pruned one; the choice comes out of that, so it is added again before its share is
-taken: share = choice / (saved + choice). The share falls with the depth of the model, which the choice does not know.
-Prints a table and writes benchmarks/selection.json.
+Alone: the pure function of each method on random tensors as the tower of LLaVA-1.5 gives them (1,024 wide, 16 heads):
+576 patches of one picture at each of SHARES, and at the middle one also 2,880 patches and eight pictures. In a prefill:
+a random LLaVA with six layers of that tower, 576 visual and 64 other tokens, each method at each of SHARES in turn with
+the plain model in one process. What is saved is the plain prefill less the pruned one; the choice comes out of that, so
+it is added again before its share is taken: share = choice / (saved + choice). Methods inside the LLM choose several
+times; all are counted as the first, which has the most tokens. The share falls with the depth of the model, which the
+choice does not know. Prints a table and writes benchmarks/selection.json.
 """
 
 import argparse
@@ -26,8 +27,11 @@ from lvlm_utils.pruning import METHODS, prune
 
 WIDTH, HEADS, HIDDEN = 1024, 16, 4096  # of the tower; of the tokens that come out of the projector
 TEXT, VOCABULARY, IMAGE = 64, 1000, 999
-SHARE = 1 / 9  # 64 of 576
-OPTIONS = {"prumerge": {}, "prumerge_plus": {}, "fastv": {"layer": 2}, "sparsevlm": {}, "pyramiddrop": {}}
+SHARES = (0.25, 0.0625, 0.021)  # of the visual tokens that are kept: 144, 36 and 12 of 576; notebook 10 looks them up
+MIDDLE = SHARES[1]
+SIZES = ((576, 1), (576, 8), (2880, 1), (2880, 8))  # patches, pictures
+LIMIT = 0.05  # of what is saved, for the choice
+
 
 
 def main() -> None:
@@ -40,44 +44,47 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
+    alone = _alone(options)
     report = {
         "width": options.width, "heads": options.heads, "layers": options.layers, "dtype": options.dtype,
-        "repeats": options.repeats, "keep": round(SHARE, 4), "machine": machine(options.device),
-        "alone": _alone(options), "prefill": _prefill(options),
+        "repeats": options.repeats, "shares": SHARES, "keep": MIDDLE, "machine": machine(options.device),
+        "alone": alone[MIDDLE], "prefill": _prefill(options),
     }  # fmt: skip
-    for name, facts in report["prefill"].items():
-        choice = report["alone"].get(name, {}).get("576 x 1")
-        if choice is not None:
-            facts["choice"] = choice
-            facts["share"] = round(choice / (facts["saved"] + choice), 4)
+    for share in SHARES:
+        for name, facts in report["prefill"][str(share)].items():
+            choice = alone[share].get(name, {}).get("576 x 1")
+            if choice is not None and "saved" in facts:
+                facts["choice"] = round(choice * facts["choices"], 5)
+                facts["share"] = round(facts["choice"] / (facts["saved"] + facts["choice"]), 4)
     options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     _show(report)
 
 
-def _calls(patches: int, batch: int, options: argparse.Namespace) -> dict[str, Callable[[], object]]:
+def _calls(patches: int, batch: int, share: float, options: argparse.Namespace) -> dict[str, Callable[[], object]]:
     """The pure functions on tensors with the spread of real ones: a few patches stand out, neighbours are alike."""
     torch.manual_seed(0)
-    keep = round(patches * SHARE)
+    keep = round(patches * share)
     at = {"device": options.device, "dtype": getattr(torch, options.dtype)}
     features = torch.randn(batch, patches, WIDTH, **at).cumsum(1) / patches**0.5 + torch.randn(batch, 1, WIDTH, **at)
     hidden = torch.cat([features.mean(1, keepdim=True), features], 1)
     keys = hidden.view(batch, patches + 1, HEADS, -1).transpose(1, 2)
     rows = torch.randn(batch, HEADS, patches + 1, **at).mul(2).softmax(-1)
     cls = rows[..., 1:].mean(1)
-    between = torch.randn(batch, HEADS, patches, patches, **at).softmax(-1) if batch * patches < 6000 else None
+    between = torch.randn(1, HEADS, patches, patches, **at).softmax(-1).expand(batch, -1, -1, -1)  # one for all: memory
     projected = torch.randn(batch, patches, HIDDEN, **at)
     text = torch.randn(batch, TEXT, HIDDEN, **at)
     rater = torch.ones(batch, TEXT, dtype=torch.bool, device=options.device)
     on_visual = torch.randn(batch, HEADS, TEXT, patches, **at).softmax(-1)
     query, heads = torch.randn(batch, 32, 128, **at), torch.randn(batch, 32, patches, 128, **at)
     use = {name: method.__dict__ for name, method in METHODS.items()}
-    calls = {
+    return {
         "vispruner": lambda: use["vispruner"]["select"](features, cls, keep),
         "fastervlm": lambda: use["fastervlm"]["select"](cls, keep),
         "fopru": lambda: use["fopru"]["select"](between, keep),
-        "prumerge": lambda: use["prumerge"]["reduce"](features, hidden[:, 0], hidden),
-        "prumerge_plus": lambda: use["prumerge"]["reduce"](features, hidden[:, 0], hidden, plus=True),
-        "visionzip": lambda: use["visionzip"]["reduce"](hidden, rows, keys.mean(1), keep * 54 // 64, keep * 10 // 64),
+        "prumerge": lambda: use["prumerge"]["merge"](features, hidden[:, 0], hidden, keep=keep - 1),
+        "prumerge_plus": lambda: use["prumerge"]["merge"](features, hidden[:, 0], hidden, True, keep - 1),
+        "visionzip": lambda: use["visionzip"]["reduce"](hidden, rows, keys.mean(1), keep - keep * 10 // 64,
+                                                        keep * 10 // 64),
         "tome": lambda: use["tome"]["reduce"](keys.mean(1)[:, 1:], features, patches - keep),
         "divprune": lambda: use["divprune"]["select"](projected, keep),
         "cdpruner": lambda: use["cdpruner"]["select"](projected, cls, keep),
@@ -86,19 +93,19 @@ def _calls(patches: int, batch: int, options: argparse.Namespace) -> dict[str, C
                                                         keep),
         "pyramiddrop": lambda: use["pyramiddrop"]["select"](query, heads, keep),
     }  # fmt: skip
-    return {name: call for name, call in calls.items() if name != "fopru" or between is not None}
 
 
 @torch.inference_mode()
-def _alone(options: argparse.Namespace) -> dict:
-    found: dict[str, dict] = {}
+def _alone(options: argparse.Namespace) -> dict[float, dict]:
+    """Seconds by share, method and size; sizes beyond the first at the middle share only."""
+    found: dict[float, dict] = {share: {} for share in SHARES}
     device = torch.device(options.device)
-    for patches in (576, 2880):
-        for batch in (1, 8):
-            for name, call in _calls(patches, batch, options).items():
+    for share in SHARES:
+        for patches, batch in SIZES if share == MIDDLE else SIZES[:1]:
+            for name, call in _calls(patches, batch, share, options).items():
                 first = seconds(call, device)  # to warm up; what takes seconds is timed once
                 taken = [seconds(call, device) for _ in range(options.repeats if first < 2 else 1)]
-                found.setdefault(name, {})[f"{patches} x {batch}"] = round(statistics.median(taken), 5)
+                found[share].setdefault(name, {})[f"{patches} x {batch}"] = round(statistics.median(taken), 5)
     return found
 
 
@@ -125,46 +132,67 @@ def _build(options: argparse.Namespace) -> tuple[LlavaForConditionalGeneration, 
 
 @torch.inference_mode()
 def _prefill(options: argparse.Namespace) -> dict:
+    """The plain prefill, and by share and method the pruned one; what a method cannot do is told in place of times."""
     model, batch = _build(options)
     names = [name for name in METHODS if METHODS[name].KIND != "text"]
-    taken: dict[str, list[float]] = {name: [] for name in ["plain", *names]}
-    tokens = {}
+    taken: dict[tuple, list[tuple[float, float]]] = {}
+    told: dict[tuple, dict] = {}
 
     def run() -> object:
         return model(**batch, logits_to_keep=1)
 
-    for repeat in range(options.repeats + 1):  # the first is to warm up
-        taken["plain"] += [seconds(run, model.device)] * (repeat > 0)
-        for name in names:
-            with prune(model, name, **OPTIONS.get(name, {"keep": SHARE})) as trace:
-                taken[name] += [seconds(run, model.device)] * (repeat > 0)
-            tokens[name] = trace.tokens_per_layer
-    full = decoder_flops(model.config, 576 + TEXT)["prefill"]
-    found = {"plain": {"seconds_median": round(statistics.median(taken["plain"]), 5)}}
-    for name in names:
-        pairs = list(zip(taken["plain"], taken[name], strict=True))
-        found[name] = {
-            "seconds_median": round(statistics.median(taken[name]), 5),
-            "saved": round(statistics.median(a - b for a, b in pairs), 5),
-            "speedup": round(statistics.median(a / b for a, b in pairs), 3),
-            "decoder_flops": round(decoder_flops(model.config, tokens[name])["prefill"] / full, 4),
-            "mean_tokens": round(sum(tokens[name]) / len(tokens[name]), 1),
-        }
+    for repeat in range(options.repeats + 1):  # the first is to warm up, at one share
+        for share in SHARES if repeat else SHARES[:1]:
+            plain = seconds(run, model.device)
+            for name in names:
+                plan = METHODS[name].plan(model, keep=share)
+                try:
+                    with prune(model, plan) as trace:
+                        pair = plain, seconds(run, model.device)
+                except ValueError as error:
+                    told[share, name] = {"cannot": str(error)}
+                    continue
+                taken.setdefault((share, name), []).extend([pair] * (repeat > 0))
+                told[share, name] = {"choices": len(plan.choose), "tokens": trace.tokens_per_layer}
+    found = {"plain": {"seconds_median": round(statistics.median({p for both in taken.values() for p, _ in both}), 5)}}
+    for (share, name), facts in told.items():
+        found.setdefault(str(share), {})[name] = _facts(model.config, facts, taken.get((share, name), []))
     return found
 
 
+def _facts(config: LlavaConfig, told: dict, pairs: list[tuple[float, float]]) -> dict:
+    """Of one method at one share, from (plain, pruned) seconds."""
+    if "cannot" in told:
+        return told
+    tokens, full = told["tokens"], decoder_flops(config, 576 + TEXT)["prefill"]
+    return {
+        "seconds_median": round(statistics.median(b for _, b in pairs), 5),
+        "saved": round(statistics.median(a - b for a, b in pairs), 5),
+        "speedup": round(statistics.median(a / b for a, b in pairs), 3),
+        "of_plain": round(statistics.median(b / a for a, b in pairs), 4),
+        "of_plain_lowest": round(min(b / a for a, b in pairs), 4),
+        "of_plain_highest": round(max(b / a for a, b in pairs), 4),
+        "decoder_flops": round(decoder_flops(config, tokens)["prefill"] / full, 4),
+        "mean_tokens": round(sum(tokens) / len(tokens), 1),
+        "choices": told["choices"],
+    }
+
+
 def _show(report: dict) -> None:
-    sizes = list(next(iter(report["alone"].values())))
-    print("the choice alone, milliseconds" + " " * 4 + "".join(f"{size:>12}" for size in sizes))
+    sizes = [f"{patches} x {batch}" for patches, batch in SIZES]
+    print(f"the choice alone at {MIDDLE}, milliseconds" + " " * 4 + "".join(f"{size:>12}" for size in sizes))
     for name, found in report["alone"].items():
-        print(f"  {name:30}" + "".join(f"{1000 * found[size]:12.2f}" if size in found else " " * 12 for size in sizes))
-    print(
-        f"prefill, plain {report['prefill']['plain']['seconds_median']:.3f} s     seconds   speed-up   choice / saved"
-    )
-    for name, facts in report["prefill"].items():
-        if name != "plain":
-            share = f"{facts['share']:10.1%}" if "share" in facts else ""
-            print(f"  {name:28}{facts['seconds_median']:10.3f}{facts['speedup']:10.2f}x {share}")
+        print(f"  {name:38}" + "".join(f"{1000 * found[size]:12.2f}" for size in sizes))
+    print(f"plain prefill {report['prefill']['plain']['seconds_median']:.3f} s")
+    for share in SHARES:
+        print(f"pruned to {share:<24}     seconds   of plain   choice / saved")
+        for name, facts in report["prefill"][str(share)].items():
+            part = f"{facts['share']:10.1%}" if "share" in facts else ""
+            found = f"{facts['seconds_median']:10.3f}{facts['of_plain']:10.1%} {part}" if "saved" in facts else "cannot"
+            print(f"  {name:30}{found}")
+        most, name = max((facts["share"], name) for name, facts in report["prefill"][str(share)].items()
+                         if "share" in facts)  # fmt: skip
+        print(f"  choice below {LIMIT:.0%} of what is saved: {most < LIMIT} (most: {name}, {most:.1%})")
 
 
 if __name__ == "__main__":

@@ -45,10 +45,11 @@ def answer(
     `samples` needs the columns image (path or PIL image), context, question, and may have those of META. `image` is the
     picture shown: "original", a "white" or "black" one of the same size, or "none". With `share`, prompts about one
     picture reuse the keys and values of their common beginning; the answers are those of separate prompts.
+    `prune` is {"name": method, **options} of lv.prune, or a list of such; what it kept stands in the columns MEASURED.
     `out` is a parquet file: rows already there are not asked again, unless model, data or settings changed. A picture
     or prompt that fails becomes a row with `error`, counted in one warning. Rows are split over the processes of
-    `accelerate launch`. `margin` is the logit of yes minus that of no (best of their spellings) at the first new token; a yes or
-    no ends an answer. Raises ValueError for a wrong `image`, a missing column, or `prune` (not available yet).
+    `accelerate launch`. `margin` is the logit of yes minus that of no (best of their spellings) at the first new token.
+    A yes or no ends an answer. Raises ValueError for a wrong `image` or `prune`, and for a missing column.
     """
     if image not in CONDITIONS:
         raise ValueError(f"image={image!r} is not one of {', '.join(CONDITIONS)}.")
