@@ -22,10 +22,10 @@ lab: $(STAMP)  ## open the notebooks
 
 setup: $(STAMP)  ## only build .venv
 
-# Rebuilt whenever the pins change. The pins need their dependencies resolved: torch brings different ones for CPU and CUDA.
+# Rebuilt whenever the pins change. Not compiled: Python compiles what it imports, all of it would double the time. The pins need their dependencies resolved: torch brings different ones for CPU and CUDA.
 $(STAMP): requirements.txt pyproject.toml
 	@echo "Building .venv from requirements.txt (torch is large; this takes minutes once)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-compile -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e "$(HERE)"
 	touch $(STAMP)
