@@ -82,6 +82,36 @@ def test_streamed_sums_are_those_of_the_matrix(kind, tokens, heads, key_heads):
     assert (visible.any(2).long() * torch.arange(tokens)).amax(1).equal(last)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_queries_of_a_few_groups_are_read_alone_and_give_the_same_sums(kind, monkeypatch):
+    """Blocks of rows without any query of a group are left out; in a batch the groups stand in other blocks."""
+    torch.manual_seed(0)
+    batch, tokens = 3, 300
+    query, key = torch.randn(batch, 4, tokens, 16), torch.randn(batch, 2, tokens, 16)
+    mask, causal, visible = masked(kind, batch, tokens)
+    groups = torch.zeros(batch, tokens, 2).bool()
+    groups[0, -20:, 0] = groups[1, 150:160, 0] = groups[2, :, 1] = True
+    groups[0, 5:9, 1] = True
+    made, plain = [], torch.softmax
+    monkeypatch.setattr(torch, "softmax", lambda x, *rest, **more: made.append(x.numel()) or plain(x, *rest, **more))
+    found = {}
+    for only in (2, 3):  # with a group over the whole of the third prompt, and without that prompt
+        rows = slice(0, only)
+        view = Visibility(None if mask is None else mask[rows], only, tokens, causal, 64, query.device)
+        found[only] = stream(query[rows], key[rows], 0.25, view, {"received_from", "groups"}, groups[rows])
+    _, expected = by_definition(query, key, 0.25, visible, groups)
+    for only, values in found.items():
+        for name in ("received_from", "groups"):
+            torch.testing.assert_close(values[name], expected[name][:only].float(), atol=1e-4, rtol=1e-4)
+    assert made
+    made.clear()
+    view = Visibility(None if mask is None else mask[:1], 1, tokens, causal, 64, query.device)
+    stream(query[:1], key[:1], 0.25, view, {"received_from"}, groups[:1])
+    few = sum(made)
+    stream(query[:1], key[:1], 0.25, view, {"received"}, None)
+    assert few < 0.75 * (sum(made) - few)
+
+
 def test_peaked_scores_and_half_precision_keep_their_sums():
     """Scores up to 200: nothing overflows, entropies stay right; bfloat16 and float16 are summed in float32."""
     torch.manual_seed(0)
