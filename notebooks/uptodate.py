@@ -14,7 +14,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 # beside the notebook itself: code and data that any of them may read
-READ = ("lvlm_utils/**/*.py", "notebooks/*.py", "data/**/*", "benchmarks/*.json")
+READ = ("lvlm_utils/**/*.py", "notebooks/*.py", "data/**/*", "benchmarks/*.json", "tests/golden/README.md")
 
 
 class Notes:
