@@ -8,6 +8,9 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 HERE := $(abspath .)
 
+# Packages are compiled when first imported, into .venv; without this every kernel would compile them again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: figures test lab setup
 .DEFAULT_GOAL := figures
 
@@ -22,7 +25,7 @@ lab: $(STAMP)  ## open the notebooks
 
 setup: $(STAMP)  ## only build .venv
 
-# Rebuilt whenever the pins change. Not compiled: Python compiles what it imports, all of it would double the time. The pins need their dependencies resolved: torch brings different ones for CPU and CUDA.
+# Rebuilt whenever the pins change. Compiling all of it would double the time. The pins need their dependencies resolved: torch brings different ones for CPU and CUDA.
 $(STAMP): requirements.txt pyproject.toml
 	@echo "Building .venv from requirements.txt (torch is large; this takes minutes once)"
 	$(PYTHON) -m venv .venv

@@ -164,6 +164,8 @@ def execute(source: Path, parameters: dict[str, object], scratch: Path, alone: b
             progress_bar={"desc": source.stem} if alone else False,
             stderr_file=sys.stderr if alone else None,  # progress bars of long cells; not in the file that is kept
             start_timeout=180,
+            request_save_on_cell_execute=False,
+            autosave_cell_every=0,
         )
     except papermill.PapermillExecutionError as error:
         reason = f"cell {error.exec_count} failed, nothing was overwritten.\n{error}"
