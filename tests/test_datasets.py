@@ -469,6 +469,7 @@ def test_a_kept_table_is_read_back_as_it_was(tmp_path, tokenizer, monkeypatch):
     made = datasets.load(root, tokenizer, samples=6, cache=tmp_path)
     monkeypatch.setattr(datasets, "_built", {})  # as in another process
     monkeypatch.setattr(datasets, "long_context", lambda *args, **options: pytest.fail("made again"))
+    tokenizer(["a b c"], truncation=True, max_length=2)  # leaves its settings in the tokenizer
     read = datasets.load(root, tokenizer, samples=6, cache=tmp_path)
     pd.testing.assert_frame_equal(read, made)
     assert read.attrs == made.attrs and read["relevance"].tolist() == made["relevance"].tolist()
