@@ -15,7 +15,7 @@ from lvlm_utils.attention.intercept import Call, intercept
 from lvlm_utils.attention.record import Views
 from lvlm_utils.parts import decoder_of
 from lvlm_utils.pruning import guards
-from lvlm_utils.pruning.stages import begin, deepstack, narrowed
+from lvlm_utils.pruning.stages import begin, deepstack, narrowed, of_layer
 from lvlm_utils.pruning.statistics import statistics
 from lvlm_utils.pruning.tokens import Plan, Prefill, Stage, Tokens, Trace
 from lvlm_utils.pruning.vision import Sight
@@ -201,8 +201,8 @@ class Engine:
         if key not in self.masks:
             stage = prefill.stages[key[0]]
             mask = create_causal_mask(
-                config=self.decoder.config, inputs_embeds=hidden, layer_idx=number,
-                attention_mask=prefill.alive(stage), past_key_values=kwargs.get("past_key_values"),
+                config=self.decoder.config, inputs_embeds=hidden, attention_mask=prefill.alive(stage),
+                past_key_values=of_layer(kwargs.get("past_key_values"), number),
             )  # fmt: skip
             if not prefill.done:
                 rotary = tuple(part.to(hidden.device) for part in stage.rotary)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from lvlm_utils.parts import visual_ids
 from lvlm_utils.pruning.tokens import Prefill, Stage
@@ -76,6 +76,15 @@ def deepstack(stage: Stage, visual: Tensor, features: Tensor) -> tuple[Tensor, T
     left = visual.gather(1, place) & stage.alive.to(features.device)
     rank = (visual.flatten().cumsum(0) - 1).view_as(visual)
     return left, features[rank.gather(1, place)[left]]
+
+
+def of_layer(cache: DynamicCache | None, number: int) -> DynamicCache | None:
+    """A cache that holds this layer alone: masks are made for the length of the first one, and ours differ."""
+    if cache is None or number >= len(cache.layers):  # layers come into a new cache one by one
+        return None
+    alone = DynamicCache()
+    alone.layers = [cache.layers[number]]
+    return alone
 
 
 def _gather(x: Tensor, slots: Tensor) -> Tensor:
