@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from transformers import BatchFeature
 
 from lvlm_utils.models import LVLM
-from lvlm_utils.token_groups import Rendered, TokenGroups, inside, token_groups
+from lvlm_utils.token_groups import Rendered, TokenGroups, token_groups
 
 Picture = Image.Image | str | Path
 MARK = "\ue000"  # stands for the user's text to see what a template writes around it; no script uses this character
@@ -140,13 +139,13 @@ def assemble(lvlm: LVLM, image, context, question, video=None) -> Prompt:
     if set(lengths.values()) - {rows} or rows == 0:
         raise ValueError(f"The lists differ in length, or are empty: {lengths}.")
     images, contexts, questions, videos = (lists.get(name, [v] * rows) for name, v in arguments.items())
-    pictures = [_pictures(i) for i in images]
+    pictures = [pictures_of(i) for i in images]
     frames = [_frames(v) for v in videos]
     rendered = [
         render(lvlm, len(p), c, q, int(f is not None))
         for p, c, q, f in zip(pictures, contexts, questions, frames, strict=True)
     ]
-    inputs, replaced = _process(lvlm, pictures, frames, rendered)
+    inputs, replaced = process(lvlm, pictures, frames, rendered)
     offsets = inputs.pop("offset_mapping")
     expanded = [r.expanded(found) for r, found in zip(rendered, replaced, strict=True)]
     groups = token_groups(lvlm, inputs, offsets, expanded).to(lvlm.device)
@@ -154,7 +153,7 @@ def assemble(lvlm: LVLM, image, context, question, video=None) -> Prompt:
     return Prompt(inputs.to(lvlm.device, lvlm.dtype), texts if lists else texts[0], groups)
 
 
-def _pictures(image: Picture | tuple[Picture, ...] | None) -> list[Image.Image]:
+def pictures_of(image: Picture | tuple[Picture, ...] | None) -> list[Image.Image]:
     if isinstance(image, tuple):
         return [open_image(one) for one in image]
     return [] if image is None else [open_image(image)]
@@ -171,7 +170,7 @@ def _frames(video: tuple[Picture, ...] | None) -> list[Image.Image] | None:
     return frames
 
 
-def _process(
+def process(
     lvlm: LVLM, pictures: list[list[Image.Image]], frames: list[list[Image.Image] | None], rendered: list[Rendered]
 ) -> tuple[BatchFeature, list[list[dict]]]:
     """Run the processor on a batch; also returns for each row what it wrote for the placeholders, in their order."""
@@ -198,29 +197,6 @@ def _process(
         raise
     replaced = inputs.pop("text_replacement_offsets", [[]] * len(rendered))
     return inputs.convert_to_tensors("pt"), replaced
-
-
-@dataclass
-class Encoded:
-    """Prompts about one picture, tokenised in full, one by one; `extras` are the picture's tensors for the model."""
-
-    ids: list[list[int]]
-    n_context: list[int]
-    extras: dict
-
-
-def encode(lvlm: LVLM, image: Picture | None, rendered: Sequence[Rendered]) -> Encoded:
-    """Tokenise many rendered prompts about one picture; the picture is processed once. No check of length."""
-    inputs, replaced = _process(lvlm, [_pictures(image)], [None], rendered[:1])
-    expanded = [r.expanded(replaced[0]) for r in rendered]
-    batch = lvlm.tokenizer([r.text for r in expanded], **tokenizer_options(lvlm, rendered[0].text))
-    n_context = [
-        int(inside(torch.from_numpy(np.array(o)), r.spans.get("context")).sum())  # numpy reads lists faster
-        for o, r in zip(batch["offset_mapping"], expanded, strict=True)
-    ]
-    of_text = ("input_ids", "attention_mask", "offset_mapping", "mm_token_type_ids")
-    extras = {k: v for k, v in inputs.to(lvlm.device, lvlm.dtype).items() if k not in of_text}
-    return Encoded(batch["input_ids"], n_context, extras)
 
 
 def greedy_options(lvlm: LVLM, max_new_tokens: int) -> dict:

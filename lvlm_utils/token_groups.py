@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from math import isqrt
 
 import torch
+from torch.nn.functional import pad
 from transformers import BatchFeature
 from transformers.image_processing_utils import select_best_resolution
 
@@ -42,6 +43,16 @@ class TokenGroups:
 
     def to(self, device: torch.device | str) -> "TokenGroups":
         return TokenGroups(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    def padded(self, tokens: int) -> "TokenGroups":
+        """With so many tokens of padding more, on the left."""
+        masks = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TokenGroups(*(pad(m, (tokens, 0), value=False if m.dtype == torch.bool else -1) for m in masks.values()))
+
+    @staticmethod
+    def joined(groups: Sequence["TokenGroups"]) -> "TokenGroups":
+        """Prompts of equal length as one batch."""
+        return TokenGroups(*(torch.cat([getattr(one, field.name) for one in groups]) for field in fields(TokenGroups)))
 
 
 @dataclass

@@ -44,7 +44,8 @@ def answer(
 
     `samples` needs the columns image (path or PIL image), context, question, and may have those of META. `image` is the
     picture shown: "original", a "white" or "black" one of the same size, or "none". With `share`, prompts about one
-    picture reuse the keys and values of their common beginning; the answers are those of separate prompts.
+    picture reuse the keys and values of their common beginning, or, where what is pruned depends on the question, what
+    comes before the first choice; the answers are those of separate prompts.
     `prune` is {"name": method, **options} of lv.prune, or a list of such; what it kept stands in the columns MEASURED.
     `out` is a parquet file: rows already there are not asked again, unless model, data or settings changed. A picture
     or prompt that fails becomes a row with `error`, counted in one warning. Rows are split over the processes of
@@ -60,7 +61,7 @@ def answer(
     if lvlm.model in ENGINES:
         raise ValueError("answer() inside an lv.prune would take its answers for unpruned ones: use prune=.")
     pruned = read(lvlm, prune)
-    share = share and not pruned.asks
+    share = share and not (pruned.asks and pruned.alike is None)
     if share and not can_share(lvlm):
         warnings.warn(f"{lvlm.name} cannot share prefixes here: slower, same answers.", stacklevel=2)
         share = False
@@ -80,7 +81,8 @@ def answer(
     bar = tqdm(total=len(pictures), unit="picture", disable=not progress or rank > 0 or not pictures)
     with bar, pruned.running(lvlm) as trace:
         for at in range(0, len(pictures), chunk):
-            rows = ask(lvlm, pictures[at : at + chunk], image, batch_size, max_new_tokens, share, trace)
+            rows = ask(lvlm, pictures[at : at + chunk], image, batch_size, max_new_tokens, share, trace,
+                       pruned.alike if pruned.asks else None)  # fmt: skip
             store.add(rows)
             fresh += rows
             bar.update(len(pictures[at : at + chunk]))

@@ -12,6 +12,7 @@ import torch
 
 from lvlm_utils.models import LVLM
 from lvlm_utils.pruning import METHODS, Trace, prune
+from lvlm_utils.pruning.beginning import first_choice
 
 if TYPE_CHECKING:
     from lvlm_utils.token_groups import TokenGroups
@@ -28,7 +29,7 @@ class Pruned:
 
     `name`, `keep` and `options` are what results say: the names joined by "+", the `keep` of the last method that has
     one (else 1.0), and all options as JSON, of one method an object, of several a list. `asks` tells whether the choice
-    of any method depends on the question.
+    of any method depends on the question, and `alike` up to which layer prompts with one beginning are then the same.
     """
 
     methods: tuple[tuple[str, dict[str, Any]], ...]
@@ -36,6 +37,7 @@ class Pruned:
     keep: float
     options: str
     asks: bool
+    alike: int | None = None
 
     @contextmanager
     def running(self, lvlm: LVLM) -> Iterator[Trace | None]:
@@ -66,7 +68,7 @@ def read(lvlm: LVLM, given: Mapping[str, Any] | Sequence[Mapping[str, Any]] | No
     shares = [float(options["keep"]) for options in stated if isinstance(options.get("keep"), int | float)]
     text = json.dumps(stated if len(stated) > 1 else stated[0], sort_keys=True)
     return Pruned(tuple(methods), "+".join(name for name, _ in methods), [1.0, *shares][-1], text,
-                  any(plan.asks for plan in plans))  # fmt: skip
+                  any(plan.asks for plan in plans), first_choice(plans))  # fmt: skip
 
 
 def counts(trace: Trace, groups: "TokenGroups") -> list[dict[str, float]]:

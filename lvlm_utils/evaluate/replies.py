@@ -2,7 +2,9 @@
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -10,11 +12,13 @@ import torch
 import transformers
 from PIL import Image
 
+from lvlm_utils.evaluate.begun import Begun, begin
 from lvlm_utils.evaluate.continued import answer_continued, begin_alike
+from lvlm_utils.evaluate.encoded import Encoded, encode
 from lvlm_utils.evaluate.prefix import Reply, answer_shared, clusters, stop_ids, until, word_ids
 from lvlm_utils.evaluate.pruned import MEASURED, counts
 from lvlm_utils.models import LVLM
-from lvlm_utils.prompts import Encoded, assemble, blank, check_length, encode, greedy_options, open_image, render
+from lvlm_utils.prompts import Prompt, assemble, blank, check_length, greedy_options, open_image, render
 from lvlm_utils.pruning import Trace
 from lvlm_utils.pruning.engine import told
 
@@ -31,6 +35,7 @@ class Asked:
     """One sample, ready for the model."""
 
     row: Any  # of the table of wanted answers, as itertuples gives it
+    number: int  # among the encoded prompts about the picture
     picture: Image.Image | None
     ids: list[int]
     n_context_tokens: int
@@ -39,21 +44,25 @@ class Asked:
 
 def ask(
     lvlm: LVLM, pictures: list[pd.DataFrame], condition: str, batch_size: int, max_new_tokens: int, share: bool,
-    trace: Trace | None = None,
+    trace: Trace | None = None, alike: int | None = None,
 ) -> list[dict]:  # fmt: skip
     """Result rows, in any order, for samples grouped by picture. What cannot be asked becomes a row with `error`.
 
-    `trace` is that of the pruning inside which this is called, None where nothing is pruned.
+    `trace` is that of the pruning inside which this is called, None where nothing is pruned; `alike` the layer up to
+    which prompts share a beginning, where what is pruned of it depends on the question.
     """
     done, alone = [], []
     for rows in pictures:
         asked, coded, failed = _prepare(lvlm, rows, condition)
         done += failed
-        if not share:
+        if not share or not asked:
             alone += asked
             continue
         if trace is not None:
-            found, left = _about_one_context(lvlm, asked, max_new_tokens, batch_size, trace)
+            if alike is None:
+                found, left = _about_one_context(lvlm, asked, max_new_tokens, batch_size, trace)
+            else:
+                found, left = _begun(lvlm, asked, coded, alike, max_new_tokens, batch_size, trace)
             done, alone = done + found, alone + left
             continue
         for members, cuts in clusters([one.ids for one in asked], _visual_end(lvlm, asked)):
@@ -66,7 +75,7 @@ def ask(
             done += _results(lvlm, group, replies, time.perf_counter() - start)
     alone.sort(key=lambda one: len(one.ids))  # equal lengths together: little padding
     for at in range(0, len(alone), batch_size):
-        done += _batch(lvlm, alone[at : at + batch_size], max_new_tokens, trace)
+        done += _batch(lvlm, alone[at : at + batch_size], partial(_separate, lvlm, max_new_tokens, trace), trace)
     return done
 
 
@@ -94,18 +103,44 @@ def _about_one_context(
     return done, alone
 
 
-def _batch(lvlm: LVLM, group: list[Asked], max_new_tokens: int, trace: Trace | None) -> list[dict]:
-    """Result rows of separate prompts. A prompt that a method cannot prune becomes a row with `error`."""
+def _begun(
+    lvlm: LVLM, asked: list[Asked], coded: Encoded, alike: int, max_new_tokens: int, batch_size: int, trace: Trace
+) -> tuple[list[dict], list[Asked]]:
+    """(result rows, what cannot share) of prompts about one picture that run by themselves from a layer on."""
+    done, left = [], {one.number: one for one in asked}
+    contexts = {number: one.row.context for number, one in left.items()}
+    start = time.perf_counter()
+    for begun in begin(lvlm, coded, list(left), _visual_end(lvlm, asked), alike):
+        reading = time.perf_counter() - start
+
+        def replies(group: list[Asked], begun: Begun = begun) -> list[Reply]:
+            with begun.batch(lvlm, [one.number for one in group]) as prompt:
+                return _generate(lvlm, prompt, max_new_tokens, trace)
+
+        for numbers in begun.batches(contexts, batch_size):
+            group = [left.pop(number) for number in numbers]
+            done += _batch(lvlm, group, replies, trace, reading * len(group) / len(begun.cuts))
+        start = time.perf_counter()
+    return done, list(left.values())
+
+
+def _batch(
+    lvlm: LVLM, group: list[Asked], ask: Callable[[list[Asked]], list[Reply]], trace: Trace | None, before: float = 0.0
+) -> list[dict]:
+    """Result rows of prompts that are asked by themselves, with the seconds spent `before`.
+
+    A prompt that a method cannot prune becomes a row with `error`.
+    """
     start = time.perf_counter()
     try:
-        replies = _separate(lvlm, group, max_new_tokens, trace)
+        replies = ask(group)
     except ValueError as error:
         if trace is None:
             raise
         if len(group) > 1:  # find out whose it is
-            return [row for one in group for row in _batch(lvlm, [one], max_new_tokens, trace)]
+            return [row for one in group for row in _batch(lvlm, [one], ask, trace)]
         return [_row(group[0].row, error=str(error), **_counts(group[0]))]
-    return _results(lvlm, group, replies, time.perf_counter() - start)
+    return _results(lvlm, group, replies, before + time.perf_counter() - start)
 
 
 def parse(raw: str) -> str | None:
@@ -132,8 +167,8 @@ def _prepare(lvlm: LVLM, rows: pd.DataFrame, condition: str) -> tuple[list[Asked
     if not rendered:
         return [], None, failed
     coded = encode(lvlm, picture, [text for _, text in rendered])
-    for (row, _), ids, n_context in zip(rendered, coded.ids, coded.n_context, strict=True):
-        one = Asked(row, picture, ids, n_context, ids.count(lvlm.image_token_id))
+    for number, ((row, _), ids, n_context) in enumerate(zip(rendered, coded.ids, coded.n_context, strict=True)):
+        one = Asked(row, number, picture, ids, n_context, ids.count(lvlm.image_token_id))
         try:
             check_length(lvlm, len(ids))
             asked.append(one)
@@ -149,11 +184,16 @@ def _visual_end(lvlm: LVLM, asked: list[Asked]) -> int:
     return len(asked[0].ids) - asked[0].ids[::-1].index(lvlm.image_token_id)
 
 
-@torch.inference_mode()
-def _separate(lvlm: LVLM, group: list[Asked], max_new_tokens: int, trace: Trace | None) -> list[Reply]:
+def _separate(lvlm: LVLM, max_new_tokens: int, trace: Trace | None, group: list[Asked]) -> list[Reply]:
     """Greedy replies to separate prompts, as one left-padded batch."""
     rows = [one.row for one in group]
     prompt = assemble(lvlm, [one.picture for one in group], [r.context for r in rows], [r.question for r in rows])
+    return _generate(lvlm, prompt, max_new_tokens, trace)
+
+
+@torch.inference_mode()
+def _generate(lvlm: LVLM, prompt: Prompt, max_new_tokens: int, trace: Trace | None) -> list[Reply]:
+    """Greedy replies to a left-padded batch."""
     stop = stop_ids(lvlm)
     with told(lvlm.model, prompt.groups):
         output = lvlm.model.generate(
@@ -163,7 +203,7 @@ def _separate(lvlm: LVLM, group: list[Asked], max_new_tokens: int, trace: Trace 
     new = output.sequences[:, prompt.inputs["input_ids"].shape[1] :].tolist()
     lengths = prompt.inputs["attention_mask"].sum(-1).tolist()
     logits = output.logits[0].float().cpu()
-    kept = [None] * len(group) if trace is None else counts(trace, prompt.groups)
+    kept = [None] * len(lengths) if trace is None else counts(trace, prompt.groups)
     return [Reply(until(ids, stop), *rest) for ids, *rest in zip(new, logits, lengths, kept, strict=True)]
 
 

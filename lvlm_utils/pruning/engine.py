@@ -15,7 +15,7 @@ from lvlm_utils.attention.intercept import Call, intercept
 from lvlm_utils.attention.record import Views
 from lvlm_utils.parts import decoder_of
 from lvlm_utils.pruning import guards
-from lvlm_utils.pruning.stages import begin, deepstack, narrowed, of_layer
+from lvlm_utils.pruning.stages import begin, deepstack, narrowed, of_layer, plain
 from lvlm_utils.pruning.statistics import statistics
 from lvlm_utils.pruning.tokens import Plan, Prefill, Stage, Tokens, Trace
 from lvlm_utils.pruning.vision import Sight
@@ -93,6 +93,7 @@ class Engine:
         self.views: Views | None = None
         self.caches: WeakSet[DynamicCache] = WeakSet()  # that are pruned
         self.hooks: list[RemovableHandle] = []  # of the layers
+        self.rests = False  # what runs now is no prompt of ours
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -127,7 +128,7 @@ class Engine:
     def see(self, plan: Plan, call: Call) -> None:
         """Keep the statistics that `plan` needs of the layer that runs; slots become columns of the whole prompt."""
         prefill = self.prefill
-        if prefill.done:
+        if self.rests or prefill.done:
             return
         number = len(prefill.at) - 1
         for name, value in statistics(call, self.views, plan.needs[number], prefill).items():
@@ -140,6 +141,8 @@ class Engine:
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         ids, self.ids, self.masks = self.ids, None, {}
+        if self.rests:
+            return None
         x = kwargs.get("inputs_embeds")
         x = x if x is not None else kwargs.get("input_ids", args[0] if args else None)
         cache = kwargs.get("past_key_values")
@@ -160,6 +163,8 @@ class Engine:
         return args, kwargs
 
     def _before_layer(self, number: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        if self.rests:
+            return None
         prefill = self.prefill
         given = hidden = args[0] if args else kwargs["hidden_states"]
         if not prefill.done:
@@ -216,8 +221,10 @@ class Engine:
 
     def _after_decoder(self, module: nn.Module, args: tuple, output: Any) -> None:
         prefill = self.prefill
+        if self.rests:
+            return
         if prefill.done:
-            if self.hooks and self._plain():
+            if self.hooks and plain(prefill, self.masks.values()):
                 self._unhook()
             return
         if not prefill.pruned:
@@ -234,17 +241,8 @@ class Engine:
             stage.rotary = None
         self.trace.latest = prefill
 
-    def _plain(self) -> bool:
-        """Whether every layer can take the mask and the positions that the decoder makes for the first."""
-        prefill = self.prefill
-        stages = [prefill.stages[number] for number in set(prefill.at)]
-        masked = any(stage.padded for stage in stages) or any(
-            layer["attention_mask"] is not None for layer in self.masks.values()
-        )
-        return prefill.rest is None and not masked and (len(stages) == 1 or all(s.next is None for s in stages))
-
     def _deepstack(self, process: Any, hidden: Tensor, visual: Tensor, features: Tensor) -> Tensor:
         """Qwen3-VL adds features of its tower behind the first layers: only those of visual tokens that are left."""
-        if self.prefill.pruned:
+        if not self.rests and self.prefill.pruned:
             visual, features = deepstack(self.prefill.stages[-1], visual, features)
         return process(hidden, visual, features)

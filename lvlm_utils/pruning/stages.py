@@ -1,5 +1,6 @@
 """How a prompt gets from one stage to the next: which slots go on, at which positions, and what goes with them."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,6 +86,13 @@ def of_layer(cache: DynamicCache | None, number: int) -> DynamicCache | None:
     alone = DynamicCache()
     alone.layers = [cache.layers[number]]
     return alone
+
+
+def plain(prefill: Prefill, made: Iterable[dict[str, Any]]) -> bool:
+    """Whether every layer can take the mask and the positions that the decoder makes for the first; `made` are ours."""
+    stages = [prefill.stages[number] for number in set(prefill.at)]
+    masked = any(stage.padded for stage in stages) or any(layer["attention_mask"] is not None for layer in made)
+    return prefill.rest is None and not masked and (len(stages) == 1 or all(s.next is None for s in stages))
 
 
 def _gather(x: Tensor, slots: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """Attention statistics that a method may need of a layer, from the query and key that its attention function gets."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lvlm_utils.attention.intercept import Call
 from lvlm_utils.attention.record import Views
@@ -21,6 +23,7 @@ def statistics(call: Call, views: Views, wanted: Collection[str], prefill: Prefi
     context alone, "question" the mean over those of the question. ValueError where these groups are not known, and for
     a prompt without question.
     """
+    call = _square(call, prefill)
     view, found = views.of(call), {}
     if "last" in wanted:
         row = view.last(len(call.query))
@@ -37,6 +40,17 @@ def statistics(call: Call, views: Views, wanted: Collection[str], prefill: Prefi
     if "question" in groups:
         found["question"] = found["question"] / rows[..., groups.index("question")].sum(1)[:, None, None]
     return {name: found[name] for name in wanted}
+
+
+def _square(call: Call, prefill: Prefill) -> Call:
+    """Behind a shared beginning only the last queries run: those before them become zeros, which nobody reads."""
+    missing = call.key.shape[2] - call.query.shape[2]
+    if missing == 0:
+        return call
+    stage = prefill.stages[-1]
+    return replace(
+        call, query=pad(call.query, (0, 0, missing, 0)), mask=stage.alive if stage.padded else None, causal=True
+    )
 
 
 def _rows(call: Call, prefill: Prefill, groups: Sequence[str]) -> Tensor:
