@@ -7,7 +7,8 @@
 
 A plain run leaves out what is up to date (uptodate.py): no code, data or package that it reads has changed since.
 With the embedded model several run at once, with one thread each: its small matrices gain little from a second thread
-(1.2 to 1.35 times), and so the numbers do not hang on how many cores there are. What a cell computes is left to the
+(1.2 to 1.35 times), and so the numbers do not hang on how many cores there are. Their kernels are forks of one process
+that has imported what all of them import (kernels.py). What a cell computes is left to the
 notebooks; how figures are drawn and saved to lvlm_utils.figures.
 """
 
@@ -34,6 +35,7 @@ from tqdm.auto import tqdm
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.append(str(FOLDER))
+from kernels import AVAILABLE, ForkedKernelManager  # noqa: E402
 from uptodate import Notes  # noqa: E402
 
 ROOT = FOLDER.parent
@@ -111,7 +113,9 @@ def run(
     jobs = min(len(sources), jobs or (min(JOBS, os.cpu_count() or 1) if embedded else 1))
     with tempfile.TemporaryDirectory() as scratch:
         _prepare_environment(Path(scratch), embedded)
-        texts = _run_all(sources, partial(execute, parameters=given, scratch=Path(scratch), alone=jobs == 1), jobs)
+        forked = embedded and AVAILABLE and len(sources) > 1
+        options = {"parameters": given, "scratch": Path(scratch), "alone": jobs == 1, "forked": forked}
+        texts = _run_all(sources, partial(execute, **options), jobs)
     finished = {target / source.name: texts[source] for source in sources}
     for path, text in finished.items():
         write(path, text)
@@ -143,10 +147,13 @@ def _run_all(sources: list[Path], execute: Callable[[Path], str], jobs: int) -> 
     return texts
 
 
-def execute(source: Path, parameters: dict[str, object], scratch: Path, alone: bool = True) -> str:
+def execute(
+    source: Path, parameters: dict[str, object], scratch: Path, alone: bool = True, forked: bool = False
+) -> str:
     """Run one notebook in a fresh kernel of this Python and return the cleaned result as text.
 
-    Only one that runs `alone` shows the progress of its cells and what they write to stderr.
+    Only one that runs `alone` shows the progress of its cells and what they write to stderr. `forked`: its kernel is a
+    fork that has the heavy packages imported.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -166,6 +173,7 @@ def execute(source: Path, parameters: dict[str, object], scratch: Path, alone: b
             start_timeout=180,
             request_save_on_cell_execute=False,
             autosave_cell_every=0,
+            **({"kernel_manager_class": ForkedKernelManager} if forked else {}),
         )
     except papermill.PapermillExecutionError as error:
         reason = f"cell {error.exec_count} failed, nothing was overwritten.\n{error}"
