@@ -2,7 +2,8 @@
 
     python benchmarks/evaluate.py --model tiny-llava --pictures 2
 
-Both ways take turns in one process on the same samples (six questions at each of six context lengths a picture).
+Both ways take turns in one process on the same samples (six questions at each of six context lengths a picture); first
+without pruning, then with methods whose choice depends on the question, so that only what comes before it is shared.
 Prints a table and writes benchmarks/evaluate.json.
 """
 
@@ -12,11 +13,13 @@ import statistics
 import time
 from pathlib import Path
 
+import pandas as pd
 from common import machine
 
 import lvlm_utils as lv
 
 WAYS = {"separate": False, "shared": True}
+ASKING = ("context", "fastv", "pyramiddrop")
 
 
 def main() -> None:
@@ -33,30 +36,36 @@ def main() -> None:
     samples = lv.datasets.load(options.dataset, lvlm, samples=6 * options.pictures)
     ask = {"batch_size": options.batch_size, "progress": False}
     lv.answer(lvlm, samples[samples["length"] == 0], **ask)  # warm up
-    seconds, results = {way: [] for way in WAYS}, {}
-    for _ in range(options.repeats):
-        for way, share in WAYS.items():
-            start = time.perf_counter()
-            results[way] = lv.answer(lvlm, samples, share=share, **ask)
-            seconds[way].append(time.perf_counter() - start)
-
     report = {
         "model": lvlm.name, "revision": lvlm.revision, "dtype": str(lvlm.dtype), "attention": lvlm.attention,
         "dataset": Path(options.dataset).name, "pictures": options.pictures, "prompts": len(samples),
         "batch_size": options.batch_size, "repeats": options.repeats,
-        "machine": machine(lvlm.device),
-        "ways": {way: _facts(results[way]["n_prefill_tokens"].sum(), seconds[way]) for way in WAYS},
+        "machine": machine(lvlm.device), **_compared(lvlm, samples, options.repeats, **ask),
     }  # fmt: skip
-    ways = report["ways"]
-    report["times_fewer_tokens"] = round(ways["separate"]["tokens"] / ways["shared"]["tokens"], 2)
-    report["times_faster"] = [
-        round(slow / fast, 2) for slow, fast in zip(seconds["separate"], seconds["shared"], strict=True)
-    ]
-    report["answers_differing"] = int((results["separate"]["raw"] != results["shared"]["raw"]).sum())
-    margins = [results[way]["margin"] for way in WAYS]
-    report["largest_margin_difference"] = float((margins[0] - margins[1]).abs().max())
+    report["pruned"] = {name: _compared(lvlm, samples, options.repeats, prune={"name": name}, **ask) for name in ASKING}
     options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    _show(report)
+    print(f"{report['model']}: {report['prompts']} prompts, {report['pictures']} pictures, {report['repeats']} repeats")
+    for name, compared in {"not pruned": report, **report["pruned"]}.items():
+        _show(name, compared)
+
+
+def _compared(lvlm: "lv.models.LVLM", samples: pd.DataFrame, repeats: int, **ask: object) -> dict:
+    """Both ways in turn: tokens, seconds, and by how much their answers differ."""
+    seconds, results = {way: [] for way in WAYS}, {}
+    for _ in range(repeats):
+        for way, share in WAYS.items():
+            start = time.perf_counter()
+            results[way] = lv.answer(lvlm, samples, share=share, **ask)
+            seconds[way].append(time.perf_counter() - start)
+    ways = {way: _facts(results[way]["n_prefill_tokens"].sum(), seconds[way]) for way in WAYS}
+    pairs = zip(seconds["separate"], seconds["shared"], strict=True)
+    margins = [results[way]["margin"] for way in WAYS]
+    return {
+        "ways": ways, "times_fewer_tokens": round(ways["separate"]["tokens"] / ways["shared"]["tokens"], 2),
+        "times_faster": [round(slow / fast, 2) for slow, fast in pairs],
+        "answers_differing": int((results["separate"]["raw"] != results["shared"]["raw"]).sum()),
+        "largest_margin_difference": float((margins[0] - margins[1]).abs().max()),
+    }  # fmt: skip
 
 
 def _facts(tokens: int, seconds: list[float]) -> dict:
@@ -66,15 +75,15 @@ def _facts(tokens: int, seconds: list[float]) -> dict:
     }  # fmt: skip
 
 
-def _show(report: dict) -> None:
-    print(f"{report['model']}: {report['prompts']} prompts, {report['pictures']} pictures, {report['repeats']} repeats")
-    print(f"{'':10}{'tokens':>10}{'seconds':>10}  (min to max)")
-    for way, facts in report["ways"].items():
+def _show(name: str, compared: dict) -> None:
+    print(f"\n{name:12}{'tokens':>10}{'seconds':>10}  (min to max)")
+    for way, facts in compared["ways"].items():
         spread = f"({facts['seconds_min']:.2f} to {facts['seconds_max']:.2f})"
-        print(f"{way:10}{facts['tokens']:10,}{facts['seconds_median']:10.2f}  {spread}")
-    faster = sorted(report["times_faster"])
-    print(f"{report['times_fewer_tokens']}x fewer tokens, {faster[0]}x to {faster[-1]}x faster")
-    print(f"{report['answers_differing']} answers differ, margins by at most {report['largest_margin_difference']:.1e}")
+        print(f"{way:12}{facts['tokens']:10,}{facts['seconds_median']:10.2f}  {spread}")
+    faster = sorted(compared["times_faster"])
+    print(f"{compared['times_fewer_tokens']}x fewer tokens, {faster[0]}x to {faster[-1]}x faster")
+    largest = compared["largest_margin_difference"]
+    print(f"{compared['answers_differing']} answers differ, margins by at most {largest:.1e}")
 
 
 if __name__ == "__main__":

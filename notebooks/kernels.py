@@ -15,12 +15,12 @@ from typing import Any
 from jupyter_client import AsyncKernelManager
 
 AVAILABLE = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
+# Nothing that looks for its kernel when imported: pandas settles then how wide tables are, matplotlib where it draws.
 LLAVA = ("llava.modeling_llava", "llava.processing_llava", "clip.modeling_clip", "llama.modeling_llama")
 PRELOADED = [
-    "ipykernel.kernelapp", "matplotlib.pyplot", "matplotlib_inline.backend_inline", "pandas", "pyarrow.parquet",
-    "scipy.stats", "seaborn", "statsmodels.formula.api", "torch", "transformers.models.auto.processing_auto",
-    *(f"transformers.models.{name}" for name in LLAVA), "lvlm_utils.datasets", "lvlm_utils.efficiency",
-    "lvlm_utils.evaluate", "lvlm_utils.figures", "lvlm_utils.results", "lvlm_utils.saliency", "lvlm_utils.stats",
+    "ipykernel.kernelapp", "pyarrow.parquet", "scipy.stats", "torch", "transformers.models.auto.processing_auto",
+    *(f"transformers.models.{name}" for name in LLAVA), "lvlm_utils.models", "lvlm_utils.prompts", "lvlm_utils.pruning",
+    "lvlm_utils.attention",
 ]  # fmt: skip
 
 

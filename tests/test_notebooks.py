@@ -232,6 +232,47 @@ def test_one_failing_notebook_of_several_overwrites_nothing(notebooks_in, capsys
     assert (bad.read_bytes(), good.read_bytes()) == before
 
 
+def test_forked_kernels_have_the_packages_but_nothing_of_each_other(notebooks_in):
+    look = "import os, sys\nprint([name in sys.modules for name in ('torch', 'pandas', 'matplotlib')], os.getcwd())"
+    for number in ("00", "01"):
+        cells = ["MODEL = 'tiny-llava'", look, "import torch\nprint('left' in vars(torch))\ntorch.left = 'behind'"]
+        path = small_notebook(notebooks_in, *cells)
+        path.rename(path.with_name(f"{number}_small.ipynb"))
+    for path in runner.run(jobs=1):
+        assert [one.text for one in outputs(path)] == [f"[True, False, False] {notebooks_in}\n", "False\n"]
+
+
+def test_a_forked_kernel_shows_what_any_other_shows(notebooks_in, tmp_path):
+    """How wide tables are and where figures go is settled when packages are imported."""
+    shown = [
+        "MODEL = 'tiny-llava'",
+        "import lvlm_utils as lv\nimport matplotlib.pyplot as plt, numpy as np, pandas as pd\nlv.figures.style()",
+        "pd.DataFrame(np.arange(60).reshape(2, 30) / 7, columns=[f'column {i}' for i in range(30)])",
+        "figure, axis = plt.subplots(figsize=(2, 1))\naxis.plot([1, 2]);",
+        "from tqdm.auto import tqdm\nprint(tqdm.__mro__, plt.get_backend(), pd.get_option('display.max_columns'))",
+        "lv.load('tiny-llava').name",
+    ]
+    for number in ("00", "01"):
+        path = small_notebook(notebooks_in, *shown)
+        path.rename(path.with_name(f"{number}_small.ipynb"))
+    forked = [outputs(path) for path in runner.run()]
+    (own,) = runner.run(only="00", out=tmp_path)
+    assert forked[0] == forked[1] == outputs(own)
+    assert "..." in forked[0][0].data["text/plain"] and "image/png" in forked[0][1].data
+
+
+@pytest.mark.parametrize("notebooks", [1, 2], ids=["own kernel", "forked"])
+def test_a_dead_kernel_is_one_clear_error(notebooks_in, notebooks, capsys):
+    paths = []
+    for number in range(notebooks):
+        path = small_notebook(notebooks_in, "MODEL = 'tiny-llava'", "import os\nos._exit(3)")
+        paths.append(path.rename(path.with_name(f"9{number}_small.ipynb")))
+    before = [path.read_bytes() for path in paths]
+    assert runner.main(["--jobs", "1"]) == 1
+    assert "the kernel died" in capsys.readouterr().err
+    assert [path.read_bytes() for path in paths] == before
+
+
 def test_runner_refuses_a_large_notebook(notebooks_in, capsys):
     path = small_notebook(notebooks_in, "MODEL = 'tiny-llava'", "print('x' * 400_000)")
     before = path.read_bytes()
