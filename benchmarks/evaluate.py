@@ -3,7 +3,7 @@
     python benchmarks/evaluate.py --model tiny-llava --pictures 2
 
 Both ways take turns in one process on the same samples (six questions at each of six context lengths a picture); first
-without pruning, then with methods whose choice depends on the question, so that only what comes before it is shared.
+without pruning, then, on fewer, with methods whose choice depends on the question: only what comes before it is shared.
 Prints a table and writes benchmarks/evaluate.json.
 """
 
@@ -20,6 +20,7 @@ import lvlm_utils as lv
 
 WAYS = {"separate": False, "shared": True}
 ASKING = ("context", "fastv", "pyramiddrop")
+LENGTHS = (500, 1500)  # of the prompts that are pruned, about the first picture
 
 
 def main() -> None:
@@ -42,9 +43,13 @@ def main() -> None:
         "batch_size": options.batch_size, "repeats": options.repeats,
         "machine": machine(lvlm.device), **_compared(lvlm, samples, options.repeats, **ask),
     }  # fmt: skip
-    report["pruned"] = {name: _compared(lvlm, samples, options.repeats, prune={"name": name}, **ask) for name in ASKING}
+    few = samples[(samples["image_id"] == samples["image_id"].iloc[0]) & samples["length"].isin(LENGTHS)]
+    report["pruned"] = {
+        name: {"prompts": len(few), **_compared(lvlm, few, options.repeats, prune={"name": name}, **ask)}
+        for name in ASKING
+    }
     options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"{report['model']}: {report['prompts']} prompts, {report['pictures']} pictures, {report['repeats']} repeats")
+    print(f"{report['model']}, {report['pictures']} pictures, {report['repeats']} repeats")
     for name, compared in {"not pruned": report, **report["pruned"]}.items():
         _show(name, compared)
 
@@ -76,7 +81,7 @@ def _facts(tokens: int, seconds: list[float]) -> dict:
 
 
 def _show(name: str, compared: dict) -> None:
-    print(f"\n{name:12}{'tokens':>10}{'seconds':>10}  (min to max)")
+    print(f"\n{name}, {compared['prompts']} prompts\n{'':12}{'tokens':>10}{'seconds':>10}  (min to max)")
     for way, facts in compared["ways"].items():
         spread = f"({facts['seconds_min']:.2f} to {facts['seconds_max']:.2f})"
         print(f"{way:12}{facts['tokens']:10,}{facts['seconds_median']:10.2f}  {spread}")

@@ -5,7 +5,7 @@ prompt runs by itself.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -52,10 +52,8 @@ class Beginning:
             for number in {0, layer}:
                 hook = partial(self._note, number)
                 stack.callback(self.decoder.layers[number].register_forward_pre_hook(hook, with_kwargs=True).remove)
-            try:
+            with suppress(_Read):
                 model(input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **extras)
-            except _Read:
-                pass
 
     def _note(self, number: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -121,8 +119,9 @@ class _Prefill:
         layer = self.shared.cache.layers[number]
         cache.update(self._columns(layer.keys), self._columns(layer.values), number)
         if device not in self.masks:
+            alive = None if self.alive is None else self.alive.to(device)
             self.masks[device] = create_causal_mask(
-                config=self.shared.decoder.config, inputs_embeds=hidden, attention_mask=self.alive,
+                config=self.shared.decoder.config, inputs_embeds=hidden, attention_mask=alive,
                 past_key_values=of_layer(cache, number),
             )  # fmt: skip
         rotary = tuple(part[:, -self.new :] for part in kwargs["position_embeddings"])
