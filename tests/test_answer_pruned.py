@@ -259,7 +259,7 @@ def test_sharing_with_eager_attention_and_two_methods(images, methods):
     shares_and_is_alike(lvlm, table(images[:1], (0, 60)), prune)
 
 
-def test_methods_that_ask_do_not_share(tiny, images, methods, monkeypatch):
+def test_methods_that_ask_do_not_share_what_is_left(tiny, images, methods, monkeypatch):
     monkeypatch.setattr(replies, "answer_continued", None)
     ask(tiny, table(images[:1], (60,)), prune=[{"name": "weak"}, CONTEXT])
     ask(tiny, table(images[:1], (60,)), prune={"name": "weak", "asks": True})
