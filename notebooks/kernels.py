@@ -1,7 +1,7 @@
 """Kernels that begin with the heavy packages imported: torch, transformers and the like take 10 s in every notebook.
 
 The fork server of the standard library imports them once, in a process of its own; every kernel is a fork of that, with
-nothing in it but modules. Not for a GPU, whose context does not survive a fork.
+nothing in it but modules. Only on Linux without a GPU: a GPU's driver, once asked, does not survive a fork.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from jupyter_client import AsyncKernelManager
 
-AVAILABLE = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
+AVAILABLE = sys.platform == "linux" and not [*Path("/dev").glob("nvidia*"), *Path("/dev").glob("kfd")]
 # Nothing that looks for its kernel when imported: pandas settles then how wide tables are, matplotlib where it draws.
 LLAVA = ("llava.modeling_llava", "llava.processing_llava", "clip.modeling_clip", "llama.modeling_llama")
 PRELOADED = [

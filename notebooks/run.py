@@ -7,9 +7,9 @@
 
 A plain run leaves out what is up to date (uptodate.py): no code, data or package that it reads has changed since.
 With the embedded model several run at once, with one thread each: its small matrices gain little from a second thread
-(1.2 to 1.35 times), and so the numbers do not hang on how many cores there are. Their kernels are forks of one process
-that has imported what all of them import (kernels.py). What a cell computes is left to the
-notebooks; how figures are drawn and saved to lvlm_utils.figures.
+(1.2 to 1.35 times), and so the numbers do not hang on how many cores there are. Without a GPU their kernels are forks
+of one process that has imported what all of them import (kernels.py). What a cell computes is left to the notebooks;
+how figures are drawn and saved to lvlm_utils.figures.
 """
 
 from __future__ import annotations

@@ -232,6 +232,7 @@ def test_one_failing_notebook_of_several_overwrites_nothing(notebooks_in, capsys
     assert (bad.read_bytes(), good.read_bytes()) == before
 
 
+@pytest.mark.skipif(not runner.AVAILABLE, reason="kernels are forked only on Linux without a GPU")
 def test_forked_kernels_have_the_packages_but_nothing_of_each_other(notebooks_in):
     look = "import os, sys\nprint([name in sys.modules for name in ('torch', 'pandas', 'matplotlib')], os.getcwd())"
     for number in ("00", "01"):
