@@ -17,7 +17,7 @@ from lvlm_utils.parts import decoder_of
 from lvlm_utils.pruning import guards
 from lvlm_utils.pruning.stages import begin, deepstack, narrowed, of_layer, plain
 from lvlm_utils.pruning.statistics import statistics
-from lvlm_utils.pruning.tokens import Plan, Prefill, Stage, Tokens, Trace
+from lvlm_utils.pruning.tokens import Method, Plan, Prefill, Stage, Tokens, Trace
 from lvlm_utils.pruning.vision import Sight
 
 if TYPE_CHECKING:
@@ -32,6 +32,10 @@ def pruning(model: PreTrainedModel, plan: Plan) -> Iterator[Trace]:
 
     ValueError where the plan does not fit the model, and later for whatever cannot be pruned correctly.
     """
+    if isinstance(plan, Method):
+        before = plan.before()
+        plan = Plan(dict.fromkeys(before, plan.choose), plan.positions, plan.needs() if before else {},
+                    plan.sees() if before else {}, plan.within, plan.uses_question)  # fmt: skip
     guards.check_plan(decoder_of(model), plan)
     with ExitStack() as stack:
         if model not in ENGINES:
@@ -131,7 +135,7 @@ class Engine:
         if self.rests or prefill.done:
             return
         number = len(prefill.at) - 1
-        for name, value in statistics(call, self.views, plan.needs[number], prefill).items():
+        for name, value in statistics(call, self.views, plan.needs[number], prefill, self.decoder).items():
             place = prefill.stages[-1].place.to(value.device)[:, None].expand_as(value)
             whole = value.new_zeros(*value.shape[:2], prefill.tokens)
             prefill.statistics[number, name] = whole.scatter(2, place, value)
@@ -170,6 +174,8 @@ class Engine:
         if not prefill.done:
             if number == 0 and (cache := kwargs.get("past_key_values")) is not None:
                 prefill.cache = ref(cache)
+            if number == 0:
+                prefill.angles = kwargs["position_embeddings"]
             for plan in self.plans:
                 if number in plan.choose:
                     hidden = self._choose(plan, number, hidden, kwargs["position_embeddings"])
@@ -184,7 +190,8 @@ class Engine:
         """Ask the plan, and begin a new stage if it drops anything; the hidden states that go on."""
         prefill = self.prefill
         before, device = prefill.stages[-1], hidden.device
-        tokens = Tokens(number, hidden, before.place.to(device), before.alive.to(device), prefill, plan.sees)
+        tokens = Tokens(number, hidden, before.place.to(device), before.alive.to(device), prefill, plan.sees,
+                        before.rotary or rotary)  # fmt: skip
         chosen = plan.choose[number](tokens)
         keep, hidden = chosen if isinstance(chosen, tuple) else (chosen, hidden)
         keep = guards.check_choice(keep, hidden, tokens)[:: self.rows].repeat_interleave(self.rows, 0) & tokens.alive

@@ -23,7 +23,7 @@ def check_plan(decoder: nn.Module, plan: Plan) -> None:
     for layer in (*plan.choose, *plan.needs):
         if not 0 <= layer < layers:
             raise ValueError(f"Layer {layer} is out of range: the model has {layers} layers, 0 to {layers - 1}.")
-    if unknown := {name for names in plan.needs.values() for name in names} - set(STATISTICS):
+    if unknown := {name for names in plan.needs.values() for name in names if not callable(name)} - set(STATISTICS):
         raise ValueError(f"A plan needs {', '.join(sorted(unknown))}: there are only {', '.join(STATISTICS)}.")
     if plan.positions not in POSITIONS:
         raise ValueError(f"positions={plan.positions!r} is not one of {', '.join(POSITIONS)}.")

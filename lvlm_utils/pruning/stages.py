@@ -34,7 +34,7 @@ def begin(
     known = torch.tensor(visual_ids(model), device=x.device)
     visual = None if ids is None else torch.isin(ids.to(x.device), known)
     stage = Stage(place, alive, padded=not bool(alive.all()))
-    return Prefill(model, sight, [stage], tokens, tokens, last, ids, visual, groups)
+    return Prefill(model, sight, [stage], tokens, tokens, last, ids, visual, groups, positions=position)
 
 
 def narrowed(

@@ -1,7 +1,7 @@
 """What pruning talks about: the plan of a method, the tokens it chooses from, and the trace of what was kept."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -48,6 +48,9 @@ class Prefill:
     cache: "ref[DynamicCache] | None" = None
     done: bool = False
     kv_bytes: int = 0
+    notes: dict = field(default_factory=dict)
+    positions: Tensor | None = None  # as the decoder got them
+    angles: tuple[Tensor, Tensor] | None = None  # cosine and sine of these
     rest: Tensor | None = None  # (rows, new) bool: where several prompts go on behind this one, what is no padding
 
     @property
@@ -81,6 +84,7 @@ class Tokens:
     alive: Tensor
     prefill: Prefill
     sees: Mapping[str, int] = field(default_factory=dict)  # of the plan that chooses
+    rotary: tuple[Tensor, Tensor] | None = None  # cosine and sine (batch or 1, slots, width) of the slots' positions
 
     @property
     def ids(self) -> Tensor:
@@ -133,12 +137,81 @@ class Tokens:
                 hidden = hidden.index_put(at, new.where(pictures.kept[..., None], hidden[at]))
         return stay if hidden is self.hidden else (stay, hidden)
 
-    def attention(self, statistic: str, layer: int) -> Tensor:
-        """A statistic that the plan `needs` of a layer before this one: float32 (batch, heads, slots)."""
+    def best(self, score: Tensor, keep: float | int) -> Tensor:
+        """All text, and of every prompt's visual tokens the `keep` with the highest score (batch, slots)."""
+        from lvlm_utils.pruning.ranking import numbers, ranks
+
+        visual = self.visual
+        return ~visual | (ranks(score, visual) < numbers(keep, visual.sum(1))[:, None])
+
+    @property
+    def notes(self) -> dict:
+        """What a method wants to remember of this prompt from one layer to a later one."""
+        return self.prefill.notes
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.prefill.model
+
+    @property
+    def at_start(self) -> Tensor:
+        """Visual tokens (batch,) that went into layer 0: what shares in deeper layers are shares of."""
+        from lvlm_utils.pruning.ranking import at_start
+
+        return at_start(self)
+
+    def attention(self, statistic, layer: int | None = None) -> Tensor:
+        """A statistic that the method `needs` of a layer before this one (by default the latest that has it): float32
+        (batch, heads, slots)."""
+        if layer is None:
+            layer = max((at for at, name in self.prefill.statistics if name == statistic), default=None)
         if (layer, statistic) not in self.prefill.statistics:
-            raise ValueError(f"{statistic!r} of layer {layer} was not measured: name it in the plan's `needs`.")
+            raise ValueError(f"{statistic!r} of layer {layer} was not measured: name it in the method's `needs`.")
         whole = self.prefill.statistics[layer, statistic].to(self.place.device)
         return whole.gather(2, self.place[:, None].expand(-1, whole.shape[1], -1))
+
+
+class Method:
+    """One way to prune prompts: a dataclass whose fields are its options.
+
+    Write `choose`, and what it needs of the others:
+
+    choose(tokens): the tokens that go on, bool (batch, slots); or (that, new hidden states) where it merges.
+    layer: `choose` is called with the tokens that are about to go into this layer. `before` says so for several.
+    positions: of the tokens that stay: "original", or "contiguous", numbered anew from 0.
+    needs: layer -> which statistics of its attention `tokens.attention` shall give: names (of STATISTICS), or functions
+        from `Tokens` to queries, bool (batch, slots): the attention received from these.
+    sees: name -> tower layer (counted like a list) of what `tokens.pictures` shall give of the vision tower.
+    within: hooks of the method's own, a context manager that is open for as long as the method prunes.
+    uses_question: False where the choice is the same for all questions about one picture and context and drops nothing
+        of the question or the template; such questions can then share what is left.
+    fit: a copy with what depends on the model filled in; ValueError where the method does not fit it.
+    """
+
+    kind = "visual, inside the LLM"  # or "visual, before the LLM", or "text"
+    official = "none public"  # the official code that is matched
+    deviations = ""  # from it, and why
+    layer = 0
+    positions = "original"
+    uses_question = True
+
+    def fit(self, lvlm) -> "Method":
+        return self
+
+    def before(self) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def needs(self) -> Mapping[int, tuple]:
+        return {}
+
+    def sees(self) -> Mapping[str, int]:
+        return {}
+
+    def within(self, model: PreTrainedModel) -> AbstractContextManager:
+        return nullcontext()
+
+    def choose(self, tokens: "Tokens") -> Tensor | tuple[Tensor, Tensor]:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
