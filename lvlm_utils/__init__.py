@@ -9,14 +9,16 @@ _FUNCTIONS = {
     "load": "models",
     "prompt": "prompts",
     "generate": "prompts",
+    "forward": "prompts",
     "observe": "attention",
-    "prune": "pruning",
+    "prune": "methods",
+    "Method": "methods",
     "information_flow": "saliency",
     "answer": "evaluate",
     "summary": "evaluate",
     "kept": "results",
 }
-_MODULES = ("datasets", "stats", "figures", "pruning", "efficiency")
+_MODULES = ("datasets", "stats", "figures", "pruning", "efficiency", "methods")
 __all__ = ["ROOT", *_FUNCTIONS, *_MODULES]
 
 

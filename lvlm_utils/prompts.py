@@ -9,6 +9,7 @@ from PIL import Image, UnidentifiedImageError
 from transformers import BatchFeature
 
 from lvlm_utils.models import LVLM
+from lvlm_utils.session import told
 from lvlm_utils.token_groups import Rendered, TokenGroups, token_groups
 
 Picture = Image.Image | str | Path
@@ -210,11 +211,14 @@ def greedy_options(lvlm: LVLM, max_new_tokens: int) -> dict:
 @torch.inference_mode()
 def generate(lvlm: LVLM, prompt: Prompt, max_new_tokens: int = 20, **kw) -> str | list[str]:
     """The model's continuation, greedy unless `kw` (options of `generate`) says otherwise: the new text, stripped."""
-    from lvlm_utils.pruning.engine import told  # not above: methods are written in terms of prompts
-
     with told(lvlm.model, prompt.groups):  # a pruning method may ask which token is what
         output = lvlm.model.generate(**prompt.inputs, **{**greedy_options(lvlm, max_new_tokens), **kw})
     ids = output if isinstance(output, torch.Tensor) else output.sequences
     new = ids[:, prompt.inputs["input_ids"].shape[1] :]
     texts = [text.strip() for text in lvlm.tokenizer.batch_decode(new, skip_special_tokens=True)]
     return texts if isinstance(prompt.text, list) else texts[0]
+
+
+def forward(lvlm, prompt, **kw):
+    with told(lvlm.model, prompt.groups):
+        return lvlm.model(**prompt.inputs, **kw).logits

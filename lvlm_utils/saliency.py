@@ -21,12 +21,12 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from lvlm_utils.attention.intercept import Call, intercept
-from lvlm_utils.attention.record import Views
-from lvlm_utils.attention.taylor import pair_sums
+from lvlm_utils.attention.streaming import pair_sums
+from lvlm_utils.attention.visibility import Views
 from lvlm_utils.models import LVLM
 from lvlm_utils.prompts import Prompt
-from lvlm_utils.pruning.engine import ENGINES, standing, told
-from lvlm_utils.pruning.tokens import Stage
+from lvlm_utils.pruning.engine import Stage, stage_of
+from lvlm_utils.session import plain_arithmetic, session_of, told
 
 GROUPS = ("visual", "preserved", "pruned", "target")  # v, r, c and t of Eq. 18 to 23
 # source and target of each score, as numbers of GROUPS
@@ -107,13 +107,15 @@ def information_flow(
     model, layers = lvlm.model, lvlm.decoder.layers
     inputs, ids, first = _question(lvlm, prompt, target, position)
     columns, dtype = inputs["input_ids"].shape[1], torch.promote_types(lvlm.dtype, torch.float32)
-    if model in ENGINES and first < columns - 1:
+    session = session_of(model)
+    if session is not None and session.engine is not None and first < columns - 1:
         raise ValueError("Inside lv.prune the target is one token, predicted by the last token of the prompt.")
+    _check_checkpointing(model)
     recorder = _Recorder(model, layers, absolute)
     with torch.inference_mode(False), torch.enable_grad(), _frozen(model), told(model, prompt.groups):
         with intercept(recorder.see, *layers):
             logits = model(**inputs, use_cache=False, logits_to_keep=columns - first).logits
-        last = standing(model, len(layers) - 1)
+        last = stage_of(model, len(layers) - 1)
         # Some families give all logits. In float64, because 1 - p of a sure answer has few digits in float32.
         likely = logits[:, first - columns :][:, : ids.shape[1]].cpu().double().log_softmax(-1)
         likely = likely.gather(-1, ids.clamp(min=0)[..., None])[..., 0]
@@ -136,7 +138,7 @@ class _Recorder:
 
     def see(self, call: Call) -> None:
         layer = self.number[id(call.module)]
-        stage = standing(self.model, layer)
+        stage = stage_of(self.model, layer)
         if not call.output.requires_grad:  # the first layer: with frozen parameters the graph begins here
             call.output.requires_grad_()
         held = [call]
@@ -148,9 +150,12 @@ class _Recorder:
         if stage is not None:
             place, alive = stage.place.to(groups.device), stage.alive.to(groups.device)
             groups = groups.gather(1, place[..., None].expand(-1, -1, groups.shape[2])) * alive[..., None]
-        sums, diagonal = pair_sums(call.query, call.key, call.value, gradient, call.scale, self.views.of(call), groups,
-                                   self.absolute)  # fmt: skip
-        pairs = groups.transpose(1, 2) @ (groups.cumsum(1) - groups)
+        view = self.views.of(call)
+        with plain_arithmetic(gradient.device):
+            sums, diagonal = pair_sums(
+                call.query, call.key, call.value, gradient, call.scale, view, groups, self.absolute
+            )
+            pairs = groups.transpose(1, 2) @ (groups.cumsum(1) - groups)
         self.sums[layer] = sums.cpu(), diagonal.cpu(), pairs.cpu()
 
 
@@ -209,6 +214,18 @@ def _answer(lvlm: LVLM, text: str, target: Target) -> list[int]:
     if not ids or not all(0 <= one < size for one in ids):
         raise ValueError(f"target={target!r} is neither text nor ids of tokens, 0 to {size - 1}.")
     return ids
+
+
+def _check_checkpointing(model: PreTrainedModel) -> None:
+    """ValueError where layers would be run without a graph, so that no gradient passes by."""
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        reentrant = getattr(function, "keywords", {}).get("use_reentrant", False)
+        if module.training and getattr(module, "gradient_checkpointing", False) and reentrant:
+            raise ValueError(
+                "Reentrant gradient checkpointing hides the gradients of attention: "
+                'model.gradient_checkpointing_enable({"use_reentrant": False}), or model.eval().'
+            )
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """What a pruned model should say, computed the plain way: to compare lv.prune with."""
 
+from dataclasses import dataclass
+
 import torch
 
-from lvlm_utils.parts import decoder_of
-from lvlm_utils.pruning import Plan
+from lvlm_utils.families import decoder_of
+from lvlm_utils.methods import Method
 
 
 @torch.no_grad()
@@ -18,12 +20,31 @@ def same(left, right):
 
 
 def plan_of(stays, positions="original"):
-    """A plan that keeps, before each layer, the given columns (batch, tokens)."""
+    """A method that keeps, before each layer, the given columns: layer -> (batch, tokens) bool."""
+    return Chooses(tuple(stays), lambda tokens: tokens.here(stays[tokens.layer]), positions)
 
-    def choose(mask):
-        return lambda tokens: tokens.here(mask)
 
-    return Plan({layer: choose(mask) for layer, mask in stays.items()}, positions)
+@dataclass
+class Chooses(Method):
+    """Asks a function before some layers; needs and sees as they are given."""
+
+    layers: tuple
+    function: object
+    positions: str = "original"
+    needed: dict = None
+    seen: dict = None
+
+    def before(self):
+        return self.layers
+
+    def needs(self):
+        return self.needed or {}
+
+    def sees(self):
+        return self.seen or {}
+
+    def choose(self, tokens):
+        return self.function(tokens)
 
 
 class Recomputation:

@@ -7,14 +7,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lvlm_utils as lv
 from lvlm_utils.attention import STATISTICS
-from lvlm_utils.attention.intercept import Call
+from lvlm_utils.attention.intercept import WATCHED, Call
 from lvlm_utils.attention.streaming import STREAMED, attention_row, stream
 from lvlm_utils.attention.visibility import Visibility
 from lvlm_utils.pruning import prune
+from lvlm_utils.session import OPEN
 
 KINDS = ("causal", "full", "left", "right", "flash", "additive", "scattered")
 
@@ -168,7 +168,7 @@ def state(model):
         for name, module in model.named_modules()
         if hasattr(module, "config")
     ]
-    return hooks, implementations, model.config.to_json_string(), dict(ALL_ATTENTION_FUNCTIONS)
+    return hooks, implementations, model.config.to_json_string(), dict(WATCHED), dict(OPEN)
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ from transformers.vision_utils import get_vision_window_index
 
 import lvlm_utils as lv
 from lvlm_utils.attention import STATISTICS
-from lvlm_utils.models import decoder_of, towers_of, visual_ids
+from lvlm_utils.families import decoder_of, towers_of, visual_ids
 
 CASES = [(name, False) for name in FAMILY_NAMES] + [(name, True) for name in VIDEO_FAMILIES]
 MATRICES = {}  # module -> its attention matrices, in the order of the calls

@@ -6,10 +6,10 @@ import torch
 from families import FAMILY_NAMES, build, inputs
 from PIL import Image
 from processors import lvlm as opened
+from recomputation import Chooses
 
 import lvlm_utils as lv
-from lvlm_utils.pruning import Plan
-from lvlm_utils.pruning.vision import has_cls
+from lvlm_utils.attention.towers import has_cls
 
 CLASS = {"llava", "vipllava", "llava_next", "llava_next_video", "video_llava", "internvl"}  # towers with [CLS]
 PATCHES = {*CLASS, "llava_onevision", "deepseek_vl"} - {"internvl"}  # a token is a patch
@@ -41,7 +41,7 @@ def looking(model, sees, found):
             pictures.keep(torch.ones_like(pictures.slots, dtype=torch.bool))
         return tokens.chosen()
 
-    return Plan({0: choose}, sees=sees)
+    return Chooses((0,), choose, seen=sees)
 
 
 def look(lvlm, images, sees, **how):
@@ -63,7 +63,7 @@ def test_tokens_are_the_patches_that_the_tower_saw(family):
         for old, new in zip(before, after, strict=True):
             assert torch.equal(old.slots, new.slots) and torch.equal(old.rows, new.rows)
             for at, view in enumerate(old.views):
-                change = (view.picture["hidden", 0] - new.views[at].picture["hidden", 0]).norm(dim=-1)
+                change = (view.picture.seen["hidden"][0] - new.views[at].picture.seen["hidden"][0]).norm(dim=-1)
                 change = change[len(change) - view.size :]  # without [CLS]
                 change = old._of_tokens(change, view)
                 moved = (old.projected[at] - new.projected[at]).norm(dim=-1)
@@ -137,7 +137,7 @@ def test_merged_tokens_go_on_and_dropped_ones_do_not():
         pictures.keep(kept, new)
         return tokens.chosen()
 
-    with lv.prune(lvlm, Plan({0: choose}, "contiguous", sees={"keys": -1})) as trace, torch.no_grad():
+    with lv.prune(lvlm, Chooses((0,), choose, "contiguous", seen={"keys": -1})) as trace, torch.no_grad():
         logits = lvlm.model(**prompt.inputs).logits[:, -1]
     visual = prompt.groups.visual
     assert (trace.kept[0] & visual).sum(1).tolist() == [3, 2]

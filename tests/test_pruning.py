@@ -1,20 +1,20 @@
 """lv.prune: attention implementations, dtypes, beams, merging, nesting, what methods choose, trace and refusals."""
 
-import ast
 import functools
 
 import pytest
 import torch
 from families import FIRST_TEXT, IMAGE, PAD, build, inputs
-from recomputation import Recomputation, greedy, plan_of, same
+from recomputation import Chooses, Recomputation, greedy, plan_of, same
 from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
 from transformers.masking_utils import flash_attention_mask, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lvlm_utils import ROOT
-from lvlm_utils.parts import decoder_of
-from lvlm_utils.pruning import METHODS, Plan, context, fastv, prune
-from lvlm_utils.pruning.engine import standing, told
+from lvlm_utils.attention.intercept import WATCHED
+from lvlm_utils.families import decoder_of
+import lvlm_utils as lv
+from lvlm_utils.methods import METHODS, context, fastv, prune
+from lvlm_utils.pruning.engine import stage_of
+from lvlm_utils.session import OPEN, told
 
 RECEIVED = {"protect": (), "reading": "received"}  # what needs no groups of tokens
 
@@ -124,7 +124,7 @@ def test_all_beams_of_a_prompt_keep_the_same_tokens():
     def choose(tokens):
         return torch.rand(tokens.alive.shape, generator=torch.Generator().manual_seed(0)).gt(0.3) | tokens.last
 
-    with prune(model, Plan({1: choose})) as trace:
+    with prune(model, Chooses((1,), choose)) as trace:
         greedy(model, batch, num_beams=3)
         kept = trace.kept[1].view(3, 3, -1)
         assert torch.equal(kept, kept[:, :1].expand_as(kept)) and not torch.equal(kept[0], kept[1])
@@ -163,13 +163,13 @@ def test_merging_replaces_hidden_states():
     def choose(tokens):
         return tokens.here(stays[0]), merged
 
-    with prune(model, Plan({0: choose})):
+    with prune(model, Chooses((0,), choose)):
         got = greedy(model, batch)
     assert worst(got, batch, plain, stays) > 0.05
     plain.prompt = {**prompt, "inputs_embeds": merged}
     try:
         assert worst(got, batch, plain, stays) < 1e-4
-        with prune(model, Plan({0: lambda tokens: (tokens.alive, merged)})):  # nothing dropped, yet merged
+        with prune(model, Chooses((0,), lambda tokens: (tokens.alive, merged))):  # nothing dropped, yet merged
             assert worst(greedy(model, batch), batch, plain, {}) < 1e-4
     finally:
         plain.prompt = prompt
@@ -187,7 +187,7 @@ def test_two_methods_at_once(inner, positions):
 
     with (
         prune(model, plan_of({0: first}, "contiguous")) as outer,
-        prune(model, Plan({inner: choose}, positions)) as trace,
+        prune(model, Chooses((inner,), choose, positions)) as trace,
     ):
         got = greedy(model, batch)
     assert outer is trace and torch.equal(trace.kept[inner], second)
@@ -323,23 +323,18 @@ def test_context_drops_what_eager_attention_says(reading, pooling):
 
 
 def test_context_in_several_layers_drops_a_share_of_what_is_left(tiny, image):
-    import lvlm_utils as lv
-
     prompt = lv.prompt(tiny, image, "A lamp stands near the window, and two books lie on the table. " * 6, "Is it?")
     groups = prompt.groups
-    with prune(tiny, "context", drop=0.3, layers=range(3), groups=groups) as trace:
-        tiny.model(**prompt.inputs)
+    with prune(tiny, "context", drop=0.3, layers=range(3)) as trace:
+        lv.forward(tiny, prompt)
     left = [int((groups.context & kept).sum()) for kept in trace.kept]
     for before, after in zip(left, left[1:]):
         assert after == before - int(before * 0.3)
     assert all((kept | groups.context).all() for kept in trace.kept)  # everything else stays
-    with prune(tiny, "context", drop=0.3, layers=range(3)) as other, told(tiny.model, groups):
-        tiny.model(**prompt.inputs)
-    assert torch.equal(trace.kept, other.kept)
-    with prune(tiny, "context", layers=[0]), pytest.raises(ValueError, match="groups=prompt.groups"):
+    with prune(tiny, "context", layers=[0]), pytest.raises(ValueError, match="lv.forward"):
         tiny.model(**prompt.inputs)
     longer = lv.prompt(tiny, image, "One more.", "Is it?")
-    with prune(tiny, "context", layers=[0], groups=groups), pytest.raises(ValueError, match="this very prompt"):
+    with prune(tiny, "context", layers=[0]), told(tiny.model, groups), pytest.raises(ValueError, match="very prompt"):
         tiny.model(**longer.inputs)
 
 
@@ -362,7 +357,7 @@ def test_methods_that_drop_nothing_cost_nothing():
     model, batch, plain = example()
     for name, options in (("fastv", {"keep": 1.0}), ("context", {"drop": 0, "layers": [0]})):
         with prune(model, name, **options):
-            assert not ALL_ATTENTION_FUNCTIONS._local_mapping  # no attention call is looked at
+            assert not WATCHED  # no attention call is looked at
             assert same(greedy(model, batch), plain.plain)
 
 
@@ -370,7 +365,7 @@ def test_methods_that_drop_nothing_cost_nothing():
 def state(model):
     """Everything that pruning touches."""
     hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks), sorted(vars(m))) for m in model.modules()]
-    return hooks, dict(ALL_ATTENTION_FUNCTIONS._local_mapping), model.config._attn_implementation
+    return hooks, dict(WATCHED), dict(OPEN), model.config._attn_implementation
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
@@ -384,10 +379,10 @@ def test_the_model_is_as_it_was(family):
     for _ in range(2):  # also when used again
         with prune(model, "fastv") as trace, prune(model, "context", protect=(), layers=[1], reading="received"):
             first = greedy(model, batch)
-        assert state(model) == before and standing(model, 0) is None
+        assert state(model) == before and stage_of(model, 0) is None
         with pytest.raises(RuntimeError, match="body"), prune(model, "fastv"):
             raise RuntimeError("body")
-        with pytest.raises(RuntimeError, match="prefill"), prune(model, "fastv"), prune(model, Plan({3: fail})):
+        with pytest.raises(RuntimeError, match="prefill"), prune(model, "fastv"), prune(model, Chooses((3,), fail)):
             greedy(model, batch)
         with pytest.raises(ValueError, match="no pruning method"), prune(model, "fastv"), prune(model, "nothing"):
             pass
@@ -420,8 +415,8 @@ def test_the_model_is_as_it_was(family):
         ("context", {"reading": "given"}, "reading='given'"),
         ("context", {"pooling": "sum"}, "pooling='sum'"),
         ("context", {"protect": ("visual",)}, "protect names visual"),
-        (Plan({2: None}, needs={1: ("entropy",)}), {}, "needs entropy"),
-        (Plan({}), {"keep": 0.5}, "keep cannot be given"),
+        (Chooses((2,), None, needed={1: ("entropy",)}), {}, "needs entropy"),
+        (Chooses((), None), {"keep": 0.5}, "keep cannot be given"),
     ],
 )
 def test_options_that_do_not_fit(name, options, says):
@@ -444,14 +439,14 @@ def test_what_cannot_be_pruned_is_refused():
     text = torch.randint(FIRST_TEXT, 600, (1, 9))
     no_picture = {"input_ids": text, "attention_mask": torch.ones_like(text)}
     refused("No visual tokens", family_batch=no_picture)
-    refused("keep=17 is more than the 16 visual tokens", Plan(fastv.plan(model, 17).choose, needs={1: ("last",)}))
-    refused("last token of a prompt was dropped", Plan({1: lambda tokens: ~tokens.last}))
-    refused("has to choose with bool", Plan({1: lambda tokens: tokens.alive.float()}))
+    refused("keep=17 is more than the 16 visual tokens", fastv.FastV(17))
+    refused("last token of a prompt was dropped", Chooses((1,), lambda tokens: ~tokens.last))
+    refused("has to choose with bool", Chooses((1,), lambda tokens: tokens.alive.float()))
     refused("prefill_chunk_size", prefill_chunk_size=8)
     refused("without cache", use_cache=False)
     refused("Assisted", prompt_lookup_num_tokens=3)
     refused("Assisted", assistant_model=build("llava", layers=1))
-    refused("cache_implementation='static'", cache_implementation="static")
+    refused("StaticCache cannot hold", cache_implementation="static")
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
     refused("StaticCache cannot hold", past_key_values=cache)
 
@@ -485,26 +480,9 @@ def test_a_pruned_cache_serves_one_prompt_in_one_context():
 
 def test_models_that_cannot_be_pruned():
     grid = build("qwen2_vl")
-    with pytest.raises(ValueError, match="positions on a grid"), prune(grid, Plan({}, "contiguous")):
+    with pytest.raises(ValueError, match="positions on a grid"), prune(grid, Chooses((), None, "contiguous")):
         pass
     model = build("internvl")
     decoder_of(model).config.layer_types = ["full_attention", "sliding_attention"] * 2
     with pytest.raises(ValueError, match="sliding_attention: only full attention"), prune(model, "fastv"):
         pass
-
-
-def test_tensors_follow_the_device_of_the_layer():
-    """No tensor of the package is made on a fixed device, so that layers may be on several."""
-    factories = {"arange", "zeros", "ones", "full", "empty", "tensor", "rand", "randn", "eye", "linspace"}
-    for path in sorted((ROOT / "lvlm_utils" / "pruning").glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            assert not (isinstance(node, ast.Constant) and str(node.value).split(":")[0] in ("cpu", "cuda")), path
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in factories:
-                if isinstance(node.func.value, ast.Name) and node.func.value.id == "torch":
-                    assert "device" in {k.arg for k in node.keywords}, f"{path.name}:{node.lineno}"
-
-
-def test_methods_say_what_they_are():
-    for name, module in METHODS.items():
-        assert module.__doc__ and callable(module.plan), name
-        assert callable(getattr(module, "select", getattr(module, "reduce", module.plan))), name

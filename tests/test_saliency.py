@@ -14,9 +14,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lvlm_utils as lv
 from lvlm_utils import saliency
-from lvlm_utils.attention.taylor import pair_sums
+from lvlm_utils.attention.streaming import pair_sums
 from lvlm_utils.attention.visibility import Visibility
-from lvlm_utils.pruning import Plan, prune
+from lvlm_utils.methods import prune
+from recomputation import Chooses
 from lvlm_utils.saliency import information_flow
 
 CONTEXTS = ["Some words. A lamp stands near the window.", "", "The room is quiet."]
@@ -311,7 +312,7 @@ def test_flow_of_a_pruned_model(family, layers):
     """Group masks follow the tokens that are left; the reference is eager autograd in the same pruned model."""
     lvlm = processors.lvlm(family)
     prompt = ask(lvlm)
-    plan = Plan({layer: thinned for layer in layers})
+    plan = Chooses(layers, thinned)
     with prune(lvlm, plan):
         flow = information_flow(lvlm, prompt, 77)
     with prune(lvlm, plan) as trace:

@@ -1,19 +1,24 @@
 """See every attention call of chosen modules, whatever implementation is active, and change nothing.
 
-Transformers looks the implementation up by name in `ALL_ATTENTION_FUNCTIONS` at every call. While `intercept` is open,
-the names in use lead to a function that calls the same implementation and then shows what went in and came out. No
-config changes, so masks, the choice of kernels and the outputs stay as they are, bit by bit; modules of other models
-pass through. "eager" is not in the table: its function stands beside the module's class, where the library takes it.
+Transformers looks the implementation up by name in `ALL_ATTENTION_FUNCTIONS` at every call. The first time that a name
+is watched, its function is wrapped there, once and for all: the wrapper calls the same function and then shows the call
+to whoever watches the module in this thread. No config changes, so masks, kernels and outputs stay as they are, bit by
+bit, and modules that nobody watches pass through. "eager" is not in the table: its function stands in the file of the
+module, where the library takes it from too.
 """
 
-import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from inspect import unwrap
 
 import torch
 from torch import nn
+from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lvlm_utils.session import LOCK, plain_arithmetic
 
 BENT = ("softcap", "s_aux", "position_bias")  # options under which the scores are not just scale q k^T
 
@@ -34,11 +39,11 @@ class Call:
     mask: torch.Tensor | None
     scale: float
     causal: bool
-    lengths: torch.Tensor | None  # 0 and the ends of pictures packed one behind the other; None: not packed
+    lengths: torch.Tensor | None  # 0 and the ends of pictures packed one after the other; None: not packed
     output: torch.Tensor
 
     def unpacked(self) -> list["Call"]:
-        """One call for each picture, where several were packed one behind the other."""
+        """One call for each picture, where several were packed one after the other."""
         if self.lengths is None:
             return [self]
         sizes = self.lengths.diff().tolist()
@@ -46,50 +51,82 @@ class Call:
         return [replace(self, query=q, key=k, value=v, output=o, lengths=None) for q, k, v, o in parts]
 
 
+@dataclass(frozen=True, eq=False)
+class _Watcher:
+    see: Callable[[Call], None]
+    thread: int
+
+
+WATCHED: dict[int, tuple[_Watcher, ...]] = {}  # id of a module -> who watches it
+
+
 @contextmanager
 def intercept(see: Callable[[Call], None], *modules: nn.Module) -> Iterator[None]:
-    """Call `see` after every attention call made by `modules` or parts of them. Contexts nest.
+    """Call `see` after every attention call that `modules` or parts of them make in this thread.
 
-    NotImplementedError where the scores of a call are bent (soft cap, sink, bias), or a window is not in its mask.
+    Contexts may end in any order. NotImplementedError where the scores of a call are bent (soft cap, sink, bias), or a
+    window is not in its mask.
     """
-    watched = {id(part) for module in modules for part in module.modules()}
-    configs = [part.config for module in modules for part in module.modules() if hasattr(part, "config")]
-    names = {name for config in configs if (name := getattr(config, "_attn_implementation", None))}
-    before = {name: ALL_ATTENTION_FUNCTIONS.get(name) for name in names}
+    watcher = _Watcher(see, threading.get_ident())
+    parts = {id(part): part for module in modules for part in module.modules()}  # held, so that no other gets an id
+    with LOCK:
+        for part in parts.values():
+            name = getattr(getattr(part, "config", None), "_attn_implementation", None)
+            function = ALL_ATTENTION_FUNCTIONS.get(name)
+            if name and not isinstance(function, _Shown):
+                if function is AttentionInterface().get(name):  # of the library, or registered: as one may be later
+                    AttentionInterface.register(name, _Shown(function))
+                else:
+                    ALL_ATTENTION_FUNCTIONS[name] = _Shown(function)
+        for key in parts:
+            WATCHED[key] = (*WATCHED.get(key, ()), watcher)
     try:
-        for name, function in before.items():
-            ALL_ATTENTION_FUNCTIONS[name] = _shown(function, see, watched)
         yield
     finally:
-        for name, function in before.items():
-            del ALL_ATTENTION_FUNCTIONS[name]
-            if function is not ALL_ATTENTION_FUNCTIONS.get(name):  # it had itself been set, not registered
-                ALL_ATTENTION_FUNCTIONS[name] = function
+        with LOCK:
+            for key in parts:
+                left = tuple(other for other in WATCHED.pop(key) if other is not watcher)
+                if left:
+                    WATCHED[key] = left
 
 
-def _shown(function: Callable | None, see: Callable[[Call], None], watched: set[int]) -> Callable:
-    def attention(module, query, key, value, attention_mask, *args, **kwargs):
-        run = function or _eager(module)
+class _Shown:
+    """An attention function, or None for that of each module, which shows its calls."""
+
+    def __init__(self, function: Callable | None):
+        self.function = function
+
+    def __call__(self, module, query, key, value, attention_mask, *args, **kwargs):
+        run = self.function or _eager(module)
         out = run(module, query, key, value, attention_mask, *args, **kwargs)
-        if id(module) in watched:
-            odd = [name for name in BENT if kwargs.get(name) is not None]
-            if getattr(attention_mask, "ndim", 0) < 4 and (kwargs.get("sliding_window") or key.shape[2]) < key.shape[2]:
-                odd.append("sliding_window")
-            if odd:
-                raise NotImplementedError(f"{type(module).__name__} uses {', '.join(odd)}, which cannot be observed.")
-            scale, causal = kwargs.get("scaling"), kwargs.get("is_causal")
-            causal = getattr(module, "is_causal", True) if causal is None else causal
-            scale = query.shape[-1] ** -0.5 if scale is None else scale
-            lengths = kwargs.get("cu_seq_lens_q")
-            see(Call(module, query, key, value, attention_mask, scale, causal, lengths, out[0]))
+        thread = threading.get_ident()
+        watchers = [one for one in WATCHED.get(id(module), ()) if one.thread == thread]
+        if watchers:
+            call = _call(module, query, key, value, attention_mask, out[0], kwargs)
+            with plain_arithmetic(query.device):
+                for watcher in watchers:
+                    watcher.see(call)
         return out
 
-    return attention
+
+def _call(module, query, key, value, mask, output, options: dict) -> Call:
+    odd = [name for name in BENT if options.get(name) is not None]
+    window = options.get("sliding_window")
+    if getattr(mask, "ndim", 0) < 4 and window and window < key.shape[2]:
+        odd.append("sliding_window")
+    if odd:
+        raise NotImplementedError(f"{type(module).__name__} uses {', '.join(odd)}, which cannot be observed.")
+    scale, causal = options.get("scaling"), options.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return Call(module, query, key, value, mask, scale, causal, options.get("cu_seq_lens_q"), output)
 
 
 def _eager(module: nn.Module) -> Callable:
-    """The eager attention of a module: defined in the file of its class, or of one it inherits from."""
+    """The eager attention that the `forward` of a module gives the library as its default."""
     for kind in type(module).__mro__:
-        if found := getattr(sys.modules[kind.__module__], "eager_attention_forward", None):
-            return found
+        forward = unwrap(vars(kind).get("forward", _eager))
+        names = [name for name in forward.__code__.co_names if name.endswith("eager_attention_forward")]
+        if len(names) == 1:
+            return forward.__globals__[names[0]]
     raise NotImplementedError(f"No eager attention was found for {type(module).__name__}.")

@@ -13,7 +13,6 @@ from lvlm_utils.attention.visibility import Part, Visibility
 
 # Scores held at a time: on a CPU 4 MiB, which stay in its caches; a GPU wants fewer and larger kernels.
 SCORES = {"cpu": 2**20, "cuda": 2**25}
-ROWS = {"cpu": 128, "cuda": 256}
 STREAMED = ("received", "received_from", "groups", "entropy", "variance")
 HIDDEN = -1e30  # the score of a key that may not be seen; finite, so that 0 x score is 0
 
@@ -23,11 +22,6 @@ Turn = tuple[torch.Tensor, torch.Tensor]  # cosine and sine (batch or 1, tokens,
 def scores_of(device: torch.device) -> int:
     """Scores to hold at a time on `device`."""
     return SCORES.get(device.type, SCORES["cuda"])
-
-
-def rows_of(device: torch.device) -> int:
-    """Queries in a block on `device`."""
-    return ROWS.get(device.type, ROWS["cuda"])
 
 
 @torch.no_grad()
@@ -155,3 +149,38 @@ def _blocks(
                         scores[..., block.mixed - block.first :].masked_fill_(hidden, HIDDEN)
                     torch.softmax(scores, -1, out=attention)
                     yield (prompts, some, rows), block, scores, attention
+
+
+@torch.no_grad()
+def pair_sums(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor, scale: float, view: Visibility, groups: torch.Tensor,
+    absolute: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Sums of I_ij = sum over heads of |A_ij dL/dA_ij|, with its absolute value "inside" that sum or "outside".
+
+    Gives the sums over the queries i of one group and the keys j of another, (batch, G, G), and the part of them that
+    is on the diagonal, (batch, G). As O_i = sum_j A_ij V_j, dL/dA_ij = dO_i . V_j.
+
+    query (batch, heads, tokens, width), key and value (batch, key heads, tokens, width): what the attention function
+    gets; gradient (batch, tokens, heads, width): dO, by what it gives; groups (batch, tokens, G): 1 or 0, and all 0 for
+    padding. Everything is summed in the dtype of the groups.
+    """
+    dtype, (_, heads, _, width) = groups.dtype, query.shape
+    sums = groups.new_zeros(len(groups), groups.shape[2], groups.shape[2])
+    diagonal = sums[:, 0].clone()
+    blocks = [(n, block) for part in view.parts for n in range(part.start, part.stop) for block in part.blocks]
+    for prompt, block in blocks:
+        rows, keys = slice(block.top, block.bottom), slice(block.first, block.end)
+        # heads that share a key head stand one below the other: (key heads, heads x queries, width)
+        queries = query[prompt, :, rows].to(dtype).mul(scale).reshape(key.shape[1], -1, width)
+        scores = (queries @ key[prompt, :, keys].to(dtype).mT).view(heads, -1, block.end - block.first)
+        visible = view.visible(block.top, block.bottom, slice(block.mixed, block.end), slice(prompt, prompt + 1))
+        scores[..., block.mixed - block.first :].masked_fill_(~visible, HIDDEN)
+        outputs = gradient[prompt, rows].to(dtype).transpose(0, 1).reshape(key.shape[1], -1, width)
+        by_weights = (outputs @ value[prompt, :, keys].to(dtype).mT).view_as(scores)
+        terms = scores.softmax(-1).mul_(by_weights)
+        flow = terms.abs_().sum(0) if absolute == "inside" else terms.sum(0).abs_()
+        sums[prompt] += groups[prompt, rows].T @ (flow @ groups[prompt, keys])
+        itself = slice(max(block.top, block.first), min(block.bottom, block.end))  # rows beyond are padding
+        diagonal[prompt] += flow.diagonal(block.top - block.first) @ groups[prompt, itself]
+    return sums, diagonal

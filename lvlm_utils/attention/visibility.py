@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+ROWS = {"cpu": 128, "cuda": 256}  # queries in a block: a GPU wants fewer and larger kernels
+
 
 @dataclass(frozen=True)
 class Block:
@@ -114,6 +116,22 @@ class Visibility:
     def last(self, batch: int) -> torch.Tensor:
         """Number (batch,) of the last real query of every prompt."""
         return (self.place if self.real is None else self.place * self.real).amax(-1).expand(batch)
+
+
+class Views:
+    """`Visibility` of attention calls; the layers of one forward pass share their mask, so it is read once."""
+
+    def __init__(self):
+        self.known: dict[tuple, tuple] = {}
+
+    def of(self, call) -> Visibility:
+        batch, _, tokens, _ = call.query.shape
+        device = call.query.device
+        key = id(call.mask), batch, tokens, call.causal, device
+        if key not in self.known:  # the mask is held, so that no other gets its id
+            rows = ROWS.get(device.type, ROWS["cuda"])
+            self.known[key] = call.mask, Visibility(call.mask, batch, tokens, call.causal, rows, device)
+        return self.known[key][1]
 
 
 def _as_bool(tile: torch.Tensor) -> torch.Tensor:

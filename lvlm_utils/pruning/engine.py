@@ -1,184 +1,477 @@
-"""The one context manager that drops or merges prompt tokens inside any LVLM; the methods only say which ones."""
+"""The one engine that drops or merges prompt tokens inside any LVLM; a `Method` only says which ones.
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any
+Before a layer at which a method chooses, the hidden states and rotary embeddings of the tokens that stay are gathered,
+and for it and all later layers the library's own function builds the mask. The cache needs nothing: it holds a length
+for every layer. In decode steps only masks (and renumbered positions) are replaced; where the decoder's own are right,
+layers lose their hooks until the next prompt, so that a step costs what it costs without pruning.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from inspect import signature
+from typing import Any
 from weakref import WeakSet, ref
 
+import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
+from lvlm_utils.attention.equi import equi_turn, positions_of
 from lvlm_utils.attention.intercept import Call, intercept
-from lvlm_utils.attention.record import Views
-from lvlm_utils.parts import decoder_of
-from lvlm_utils.pruning import guards
-from lvlm_utils.pruning.stages import begin, deepstack, narrowed, of_layer, plain
-from lvlm_utils.pruning.statistics import statistics
-from lvlm_utils.pruning.tokens import Method, Plan, Prefill, Stage, Tokens, Trace
-from lvlm_utils.pruning.vision import Sight
+from lvlm_utils.attention.streaming import attention_row, stream
+from lvlm_utils.attention.towers import SEEN, Towers
+from lvlm_utils.attention.visibility import Views
+from lvlm_utils.families import decoder_of, visual_ids
+from lvlm_utils.models import LVLM
+from lvlm_utils.pruning.pictures import Pictures, look
+from lvlm_utils.session import (
+    LOCK,
+    OPEN,
+    OTHER_THREAD,
+    Session,
+    instead,
+    is_prompt,
+    joined,
+    plain_arithmetic,
+    session_of,
+)
+from lvlm_utils.token_groups import TokenGroups
 
-if TYPE_CHECKING:
-    from lvlm_utils.token_groups import TokenGroups
+POSITIONS = ("original", "contiguous")
+FROM = ("question", "context")  # attention received from the tokens of this group only
+STATISTICS = ("last", "received", "received_mean", "equi", *FROM)
+ONE_CACHE = "generate from the whole prompt, inside one lv.prune"
+Statistic = str | Callable[["Tokens"], Tensor]
 
-ENGINES: "dict[PreTrainedModel, Engine]" = {}  # the models that are pruned right now
 
+class Method:
+    """One way to prune prompts: a dataclass whose fields are its options.
 
-@contextmanager
-def pruning(model: PreTrainedModel, plan: Plan) -> Iterator[Trace]:
-    """Run `plan` in every prefill of `model` until the block ends; plans nest, and act in the order of nesting.
+    Write `choose`, and what it needs of the others:
 
-    ValueError where the plan does not fit the model, and later for whatever cannot be pruned correctly.
+    choose(tokens): the tokens that go on, bool (batch, slots); or (that, new hidden states) where it merges.
+    layer: `choose` is called with the tokens that are about to go into this layer. `before` says so for several.
+    positions: of the tokens that stay: "original", or "contiguous", numbered anew from 0.
+    needs: layer -> which statistics of its attention `tokens.attention` shall give: names (of STATISTICS), or functions
+        from `Tokens` to queries, bool (batch, slots): the attention received from these.
+    sees: name -> tower layer (counted like a list) of what `tokens.pictures` shall give of the vision tower.
+    within: hooks of the method's own, a context manager that is open for as long as the method prunes.
+    uses_question: False where the choice is the same for all questions about one picture and context and drops nothing
+        of the question or the template; such questions can then share what is left.
+    fit: a copy with what depends on the model filled in; ValueError where the method does not fit it.
     """
-    if isinstance(plan, Method):
-        before = plan.before()
-        plan = Plan(dict.fromkeys(before, plan.choose), plan.positions, plan.needs() if before else {},
-                    plan.sees() if before else {}, plan.within, plan.uses_question)  # fmt: skip
-    guards.check_plan(decoder_of(model), plan)
+
+    kind = "visual, inside the LLM"  # or "visual, before the LLM", or "text"
+    official = "none public"  # the official code that is matched
+    deviations = ""  # from it, and why
+    layer = 0
+    positions = "original"
+    uses_question = True
+
+    def fit(self, lvlm: LVLM | PreTrainedModel) -> "Method":
+        return self
+
+    def before(self) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def needs(self) -> Mapping[int, tuple[Statistic, ...]]:
+        return {}
+
+    def sees(self) -> Mapping[str, int]:
+        return {}
+
+    def within(self, model: PreTrainedModel) -> AbstractContextManager:
+        return nullcontext()
+
+    def choose(self, tokens: "Tokens") -> Tensor | tuple[Tensor, Tensor]:
+        raise NotImplementedError(f"{type(self).__name__} has no choose(tokens).")
+
+
+# The prompt on its way ------------------------------------------------------------------------------------------------
+@dataclass
+class Stage:
+    """The prompt as it is from some layer on, one slot a token; rows that keep fewer begin with empty slots."""
+
+    place: Tensor  # (batch, slots) the slot's column in the whole prompt
+    alive: Tensor  # (batch, slots) bool; False is padding or an empty slot
+    padded: bool  # whether any slot is not alive
+    rotary: tuple[Tensor, Tensor] | None = None  # cosine and sine of the slots; only during the prefill
+    next: Tensor | None = None  # (batch, 1) position of the first new token where positions were numbered anew
+
+
+@dataclass
+class Prefill:
+    """One prompt on its way through the layers, and what its decode steps have to know."""
+
+    model: PreTrainedModel
+    stages: list[Stage]
+    tokens: int  # columns of the whole prompt
+    seen: int  # these and the tokens decoded since
+    positions: Tensor  # as the decoder turns its tokens
+    last: Tensor  # the last position, (batch, 1), or (3 or 4, batch, 1) on a grid
+    ids: Tensor | None  # (batch, tokens)
+    visual: Tensor | None  # (batch, tokens) bool
+    groups: TokenGroups | None
+    at: list[int] = field(default_factory=list)  # layer -> its stage
+    statistics: dict[tuple[int, Statistic], Tensor] = field(default_factory=dict)  # (batch, heads, tokens)
+    notes: dict[Any, Any] = field(default_factory=dict)
+    views: Views = field(default_factory=Views)
+    cache: "ref[DynamicCache] | None" = None
+    done: bool = False
+    rest: Tensor | None = None  # (rows, new) bool: where several prompts go on after this one, what is no padding
+
+    @property
+    def pruned(self) -> bool:
+        return len(self.stages) > 1
+
+    def since(self, new: int) -> Tensor | int:
+        """How many tokens there are between the prompt and each of the `new` newest ones."""
+        if self.rest is None:
+            return self.seen - self.tokens - 1
+        return (self.rest.cumsum(1) - 1).clamp(min=0)[:, -new:]
+
+    def alive(self, stage: Stage) -> Tensor | None:
+        """Which slots of a stage and of all that came since hold a token, (batch, slots + new); None if all do."""
+        if self.rest is not None:
+            return torch.cat([stage.alive.expand(len(self.rest), -1), self.rest.to(stage.alive.device)], 1)
+        return pad(stage.alive, (0, self.seen - self.tokens), value=True) if stage.padded else None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The prompt's tokens that have come as far as `layer`, for a method to choose from.
+
+    hidden (batch, slots, width): the hidden states that go into `layer`. alive (batch, slots): False where a slot holds
+    no token (what is chosen there does not matter). place: the token's column in the whole prompt. rotary: cosine and
+    sine (batch or 1, slots, width) of the slots' positions.
+    """
+
+    layer: int
+    hidden: Tensor
+    place: Tensor
+    alive: Tensor
+    prefill: Prefill
+    rotary: tuple[Tensor, Tensor] | None = None
+    towers: Towers | None = None  # of the method that chooses
+    sees: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.prefill.model
+
+    @property
+    def ids(self) -> Tensor:
+        """Token ids (batch, slots). ValueError where the model was called without input_ids."""
+        if self.prefill.ids is None:
+            raise ValueError("Tokens are known by their ids: call the model with input_ids.")
+        return self.here(self.prefill.ids)
+
+    @property
+    def groups(self) -> TokenGroups | None:
+        """Groups of the prompt, where lv.generate or lv.forward asks; None where a bare model was called."""
+        return self.prefill.groups
+
+    @property
+    def visual(self) -> Tensor:
+        """Bool (batch, slots). ValueError where the model was called without input_ids."""
+        if self.prefill.visual is None:
+            raise ValueError("Visual tokens are found by their ids: call the model with input_ids.")
+        return self.here(self.prefill.visual) & self.alive
+
+    @property
+    def last(self) -> Tensor:
+        """Bool (batch, slots): the last token of every prompt, which has to stay."""
+        slots = torch.arange(self.alive.shape[1], device=self.alive.device)
+        return slots == (self.alive * slots).argmax(1, keepdim=True)
+
+    @property
+    def notes(self) -> dict[Any, Any]:
+        """What a method wants to remember of this prompt from one layer to a later one."""
+        return self.prefill.notes
+
+    def here(self, whole: Tensor) -> Tensor:
+        """(batch, tokens) of the whole prompt -> (batch, slots). Rows are repeated for beams."""
+        if whole.shape[1] != self.prefill.tokens or len(self.place) % len(whole):
+            raise ValueError(
+                f"Groups or masks are of {tuple(whole.shape)} (prompts, tokens), what is pruned is of "
+                f"{(len(self.place), self.prefill.tokens)}: give those of this very prompt."
+            )
+        whole = whole.to(self.place.device).repeat_interleave(len(self.place) // len(whole), 0)
+        return whole.gather(1, self.place)
+
+    @cached_property
+    def pictures(self) -> list[Pictures]:
+        """The pictures, tiles and frames, those of equal size together. ValueError where there are none."""
+        return look(self)
+
+    def chosen(self) -> Tensor | tuple[Tensor, Tensor]:
+        """What `choose` returns, from what the `pictures` were told to keep: all other tokens stay."""
+        stay, hidden = self.alive & ~self.visual, self.hidden
+        for pictures in self.pictures:
+            at = pictures.rows[:, None], pictures.slots
+            stay = stay.index_put(at, pictures.kept)
+            if pictures.merged is not None:
+                new = pictures.merged.to(hidden.dtype)
+                hidden = hidden.index_put(at, new.where(pictures.kept[..., None], hidden[at]))
+        return stay if hidden is self.hidden else (stay, hidden)
+
+    def best(self, score: Tensor, keep: float | int) -> Tensor:
+        """All text, and of every prompt's visual tokens the `keep` with the highest score (batch, slots)."""
+        from lvlm_utils.pruning.ranking import numbers, ranks
+
+        visual = self.visual
+        return ~visual | (ranks(score, visual) < numbers(keep, visual.sum(1))[:, None])
+
+    def attention(self, statistic: Statistic, layer: int | None = None) -> Tensor:
+        """A statistic that the method `needs` of a layer before this one, by default the latest that has it.
+
+        Float32 (batch, heads, slots): "last", the row of the last token; "received" from all tokens, "received_mean"
+        the same per token that sees it; "context", received from the context, "question", the mean row of the question;
+        "equi", the last row with all visual keys at one position; for a function, received from its queries.
+        """
+        if layer is None:
+            layer = max((at for at, name in self.prefill.statistics if name == statistic), default=None)
+        if (layer, statistic) not in self.prefill.statistics:
+            raise ValueError(f"{statistic!r} of layer {layer} was not measured: name it in the method's `needs`.")
+        whole = self.prefill.statistics[layer, statistic].to(self.place.device)
+        return whole.gather(2, self.place[:, None].expand(-1, whole.shape[1], -1))
+
+
+class Trace:
+    """What was kept in the latest prefill. Columns are those of input_ids; padding counts as not kept.
+
+    Every method that prunes the model at the same time shares one trace. kv_bytes: bytes of the key-value cache after
+    the prefill, the whole batch with its padding; 0 without a cache.
+    """
+
+    kv_bytes: int = 0
+
+    def __init__(self):
+        self._masks: list[Tensor] = []  # (batch, tokens) of every stage
+        self._at: list[int] = []  # layer -> its stage
+        self._visual: Tensor | None = None
+
+    def take(self, prefill: Prefill, cache: DynamicCache | None) -> None:
+        """Replace what was kept, at the end of a prefill."""
+        self._masks = [
+            torch.zeros_like(s.alive[:, :1]).repeat(1, prefill.tokens).scatter(1, s.place, s.alive)
+            for s in prefill.stages
+        ]
+        self._at, self._visual = prefill.at, prefill.visual
+        self.kv_bytes = sum(one.keys.nbytes + one.values.nbytes for one in cache.layers) if cache is not None else 0
+
+    @property
+    def kept(self) -> Tensor:
+        """bool (layers, batch, tokens): whether the token goes into the layer."""
+        if not self._at:
+            raise ValueError("There was no prefill yet: call the model inside `with lv.prune(...) as trace`.")
+        return torch.stack([self._masks[stage].to(self._masks[0].device) for stage in self._at])
+
+    @property
+    def tokens_per_layer(self) -> list[float]:
+        """Tokens that go into each layer, mean over the samples."""
+        return self.kept.sum(-1).double().mean(1).tolist()
+
+    @property
+    def mean_tokens(self) -> float:
+        """Mean over layers and samples."""
+        return self.kept.sum(-1).double().mean().item()
+
+    @property
+    def mean_visual(self) -> float:
+        """Visual tokens, mean over layers and samples."""
+        kept = self.kept
+        if self._visual is None:
+            raise ValueError("Visual tokens are not known: the model was called without input_ids.")
+        return (kept & self._visual.to(kept.device)).sum(-1).double().mean().item()
+
+    @property
+    def mean_text(self) -> float:
+        """All other tokens, mean over layers and samples."""
+        return self.mean_tokens - self.mean_visual
+
+    def __repr__(self) -> str:
+        if not self._at:
+            return "Trace of lv.prune: no prefill yet"
+        layers = " ".join(f"{number:g}" for number in self.tokens_per_layer)
+        return f"Trace of lv.prune: {self.mean_tokens:.1f} tokens a layer; by layer {layers}; cache {self.kv_bytes} bytes"
+
+
+# The engine -----------------------------------------------------------------------------------------------------------
+@contextmanager
+def pruning(model: PreTrainedModel, method: Method) -> Iterator[Trace]:
+    """Run `method` in every prefill of `model` until the block ends; methods nest, and act in the order of nesting.
+
+    ValueError where the method does not fit the model, and later for whatever cannot be pruned correctly.
+    """
+    run = _Run(method, decoder_of(model))
     with ExitStack() as stack:
-        if model not in ENGINES:
-            ENGINES[model] = Engine(model)
-            stack.callback(ENGINES.pop, model)
-            stack.enter_context(ENGINES[model].installed())
-        engine = ENGINES[model]
-        if plan.needs:
-            layers = [engine.decoder.layers[number] for number in plan.needs]
-            stack.enter_context(intercept(partial(engine.see, plan), *layers))
-        if plan.sees:
-            stack.enter_context(engine.sight.watching(plan.sees))
-        if plan.within is not None:
-            stack.enter_context(plan.within(model))
-        engine.plans.append(plan)
-        stack.callback(engine.plans.pop)
+        with LOCK:
+            running = [session.engine for (key, _), session in OPEN.items() if key == id(model) and session.engine]
+            engine = running[0] if running else Engine(model)
+            session = stack.enter_context(joined(model, engine))
+            if engine.session is None:
+                session.engine, engine.session = engine, session
+            elif session is not engine.session:
+                raise ValueError(OTHER_THREAD)
+            stack.callback(engine.leave, run)
+            engine.enter(run)
+        if run.needs:
+            layers = [engine.decoder.layers[number] for number in run.needs]
+            stack.enter_context(intercept(partial(engine.see, run), *layers))
+        if run.sees:
+            run.towers = Towers(session, run.sees)
+            stack.callback(run.towers.hooks.close)
+        if run.choose:
+            stack.enter_context(method.within(model))
         yield engine.trace
 
 
-@contextmanager
-def told(model: PreTrainedModel, groups: "TokenGroups") -> Iterator[None]:
-    """Let methods that prune `model` know the groups of the prompt that is about to be asked; else nothing happens."""
-    engine = ENGINES.get(model)
-    if engine is None:
-        yield
-        return
-    before, engine.groups = engine.groups, groups
-    try:
-        yield
-    finally:
-        engine.groups = before
+class _Run:
+    """A method in one model; what does not fit is refused here."""
 
-
-def standing(model: PreTrainedModel, layer: int) -> Stage | None:
-    """The tokens that went into `layer` in the prefill that runs or ran last; None where the model is not pruned."""
-    engine = ENGINES.get(model)
-    prefill = engine and engine.prefill
-    return prefill.stages[prefill.at[layer]] if prefill else None
+    def __init__(self, method: Method, decoder: nn.Module):
+        config, layers = decoder.config, len(decoder.layers)
+        self.method, self.choose, self.positions = method, tuple(method.before()), method.positions
+        self.needs = dict(method.needs()) if self.choose else {}
+        self.sees = dict(method.sees()) if self.choose else {}
+        self.towers: Towers | None = None
+        for layer in (*self.choose, *self.needs):
+            if not 0 <= layer < layers:
+                raise ValueError(f"Layer {layer} is out of range: the model has {layers} layers, 0 to {layers - 1}.")
+        named = {name for names in self.needs.values() for name in names if not callable(name)}
+        for given, known, what in ((named, STATISTICS, "needs"), (self.sees, SEEN, "sees")):
+            if unknown := set(given) - set(known):
+                raise ValueError(f"A method {what} {', '.join(sorted(unknown))}: there are only {', '.join(known)}.")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions={self.positions!r} is not one of {', '.join(POSITIONS)}.")
+        if self.positions == "contiguous" and "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
+            raise ValueError(
+                f"{config.model_type} has positions on a grid (mRoPE), which cannot be numbered anew: "
+                'use positions="original".'
+            )
+        kinds = getattr(config, "layer_types", None)
+        if kinds is None:
+            kinds = ["sliding_attention"] if getattr(config, "sliding_window", None) else []
+        if odd := sorted(set(kinds) - {"full_attention"}):
+            raise ValueError(f"{config.model_type} has layers of {', '.join(odd)}: only full attention can be pruned.")
 
 
 class Engine:
-    """All plans that prune one model at the moment, and the hooks that carry them out.
-
-    Before a layer with a plan the hidden states and rotary embeddings are gathered, and for it and all later layers
-    the library's own function builds the mask. The cache needs nothing: it holds a length per layer. In decode steps
-    only masks (and renumbered positions) are replaced; where the decoder's own are right, layers lose their hooks until
-    the next prompt, so that a step costs what it costs without pruning.
-    """
+    """All methods that prune one model at the moment, and the hooks that carry them out."""
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.decoder = model, decoder_of(model)
-        self.plans: list[Plan] = []
-        self.trace, self.sight = Trace(), Sight(model)
+        self.runs: list[_Run] = []
+        self.trace = Trace()
+        self.session: Session | None = None
         self.prefill: Prefill | None = None
-        self.groups: TokenGroups | None = None
-        self.rows = 1
-        self.ids: Tensor | None = None
+        self.asked: dict[str, Any] = {}  # keywords of the model that name columns of the prompt
         self.masks: dict[Any, dict] = {}
-        self.views: Views | None = None
         self.caches: WeakSet[DynamicCache] = WeakSet()  # that are pruned
-        self.hooks: list[RemovableHandle] = []  # of the layers
-        self.rests = False  # what runs now is no prompt of ours
+        self.layer_hooks: list[Callable] = []
+        self.hooks = ExitStack()
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        base = getattr(self.model, self.model.base_model_prefix, self.model)
-        hooked = [
-            base.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
-            self.decoder.register_forward_hook(self._after_decoder),
-        ]
-        with ExitStack() as stack:
-            for hook in hooked:
-                stack.callback(hook.remove)
-            stack.callback(self._unhook)
-            stack.callback(lambda: [guards.close_cache(cache) for cache in self.caches])
-            stack.enter_context(guards.guarded(self.model, partial(setattr, self, "rows")))
-            if (process := getattr(self.decoder, "_deepstack_process", None)) is not None:
-                stack.enter_context(
-                    guards.replaced(self.decoder, "_deepstack_process", partial(self._deepstack, process))
-                )
-            yield
+    def enter(self, run: _Run) -> None:
+        if not self.runs:
+            hook = self.session.hook
+            self.hooks.callback(hook(self.model, self._before_model))
+            self.hooks.callback(hook(self.decoder, self._before_decoder, self._after_decoder))
+            if hasattr(self.decoder, "_deepstack_process"):
+                self.hooks.callback(instead(self.decoder, "_deepstack_process", self._deepstack))
+        self.runs.append(run)
+
+    def leave(self, run: _Run) -> None:
+        self.runs = [other for other in self.runs if other is not run]
+        if not self.runs:
+            self._unhook()
+            self.hooks.close()
+            for cache in self.caches:  # outside, its masks would be those of layer 0 everywhere
+                cache.get_mask_sizes = _refuse_ended
+            self.session.engine = None
+
+    def new_prompt(self) -> None:
+        self.prefill = None
+        for run in self.runs:
+            if run.towers is not None:
+                run.towers.new_prompt()
 
     def _hook(self) -> None:
-        if not self.hooks:
+        if not self.layer_hooks:
             for number, layer in enumerate(self.decoder.layers):
-                hook = partial(self._before_layer, number)
-                self.hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+                self.layer_hooks.append(self.session.hook(layer, partial(self._before_layer, number)))
 
     def _unhook(self) -> None:
-        while self.hooks:
-            self.hooks.pop().remove()
+        while self.layer_hooks:
+            self.layer_hooks.pop()()
 
-    def see(self, plan: Plan, call: Call) -> None:
-        """Keep the statistics that `plan` needs of the layer that runs; slots become columns of the whole prompt."""
+    def see(self, run: _Run, call: Call) -> None:
+        """Keep the statistics that `run` needs of the layer that runs; slots become columns of the whole prompt."""
         prefill = self.prefill
-        if self.rests or prefill.done:
+        if prefill is None or prefill.done:
             return
         number = len(prefill.at) - 1
-        for name, value in statistics(call, self.views, plan.needs[number], prefill, self.decoder).items():
+        for name, value in _statistics(call, run.needs[number], prefill, self.decoder).items():
             place = prefill.stages[-1].place.to(value.device)[:, None].expand_as(value)
             whole = value.new_zeros(*value.shape[:2], prefill.tokens)
             prefill.statistics[number, name] = whole.scatter(2, place, value)
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.ids = kwargs.get("input_ids", args[0] if args else None)
+        given = kwargs if len(args) < 2 else signature(module.forward).bind_partial(*args, **kwargs).arguments
+        self.asked = {name: given[name] for name in ("labels", "logits_to_keep") if given.get(name) is not None}
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
-        ids, self.ids, self.masks = self.ids, None, {}
-        if self.rests:
-            return None
+        self.masks = {}
         x = kwargs.get("inputs_embeds")
         x = x if x is not None else kwargs.get("input_ids", args[0] if args else None)
-        cache = kwargs.get("past_key_values")
-        if cache is None or cache.get_seq_length() == 0:
-            guards.check_prefill(kwargs)
-            self.prefill = begin(self.model, self.sight, x, ids, kwargs, self.groups)
-            self.views = Views()
+        if is_prompt(kwargs):
+            _check_prefill(kwargs)
+            self.prefill = self._begin(x, kwargs)
             self._hook()
             return None
-        guards.check_step(self.prefill, cache, x.shape[1])
-        self.prefill.seen += x.shape[1]
-        if self.prefill.rest is not None:
+        prefill = self.prefill
+        _check_step(prefill, kwargs["past_key_values"], x.shape[1])
+        prefill.seen += x.shape[1]
+        if prefill.rest is not None:
             self._hook()
         if self._ours(0):  # transformers counts tokens in the cache of layer 0, which now may hold fewer
-            first = self.prefill.stages[self.prefill.at[0]].next
-            position = (self.prefill.last + 1 if first is None else first) + self.prefill.before(x.shape[1])
+            first = prefill.stages[prefill.at[0]].next
+            position = (prefill.last + 1 if first is None else first) + prefill.since(x.shape[1])
             kwargs = {**kwargs, "position_ids": position, "attention_mask": None}
         return args, kwargs
 
+    def _begin(self, x: Tensor, kwargs: dict[str, Any]) -> Prefill:
+        """The whole prompt, from what the decoder is called with: x (batch, tokens, ...) and its keywords."""
+        batch, tokens = x.shape[:2]
+        mask, position, ids = kwargs.get("attention_mask"), kwargs.get("position_ids"), self.session.ids
+        place = torch.arange(tokens, device=x.device).expand(batch, -1)
+        alive = torch.ones_like(place, dtype=torch.bool) if mask is None else mask.to(x.device).bool()
+        # on a grid one for each axis, all the same after the text that ends it
+        last = (place if position is None else position).amax(-1, keepdim=True)
+        ids = ids if ids is not None and ids.shape == place.shape else None
+        known = torch.tensor(visual_ids(self.model), device=x.device)
+        visual = None if ids is None else torch.isin(ids.to(x.device), known)
+        stage = Stage(place, alive, padded=not bool(alive.all()))
+        positions = positions_of(kwargs, batch, tokens, x.device)
+        return Prefill(self.model, [stage], tokens, tokens, positions, last, ids, visual, self.session.groups)
+
     def _before_layer(self, number: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
-        if self.rests:
-            return None
         prefill = self.prefill
         given = hidden = args[0] if args else kwargs["hidden_states"]
         if not prefill.done:
-            if number == 0 and (cache := kwargs.get("past_key_values")) is not None:
-                prefill.cache = ref(cache)
+            rotary = kwargs["position_embeddings"]
             if number == 0:
-                prefill.angles = kwargs["position_embeddings"]
-            for plan in self.plans:
-                if number in plan.choose:
-                    hidden = self._choose(plan, number, hidden, kwargs["position_embeddings"])
+                prefill.stages[0].rotary = rotary
+                if (cache := kwargs.get("past_key_values")) is not None:
+                    prefill.cache = ref(cache)
+            for run in self.runs:
+                if number in run.choose:
+                    with plain_arithmetic(hidden.device):
+                        hidden = self._choose(run, number, hidden)
             prefill.at.append(len(prefill.stages) - 1)
         if self._ours(number):
             kwargs = {**kwargs, **self._surroundings(number, hidden, kwargs)}
@@ -186,70 +479,256 @@ class Engine:
             return None
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
-    def _choose(self, plan: Plan, number: int, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """Ask the plan, and begin a new stage if it drops anything; the hidden states that go on."""
-        prefill = self.prefill
-        before, device = prefill.stages[-1], hidden.device
-        tokens = Tokens(number, hidden, before.place.to(device), before.alive.to(device), prefill, plan.sees,
-                        before.rotary or rotary)  # fmt: skip
-        chosen = plan.choose[number](tokens)
-        keep, hidden = chosen if isinstance(chosen, tuple) else (chosen, hidden)
-        keep = guards.check_choice(keep, hidden, tokens)[:: self.rows].repeat_interleave(self.rows, 0) & tokens.alive
-        found = narrowed(before, keep, tokens.last, hidden, plan.positions, rotary, self.decoder.rotary_emb)
+    def _choose(self, run: _Run, number: int, hidden: Tensor) -> Tensor:
+        """Ask the method, and begin a new stage if it drops anything; the hidden states that go on."""
+        prefill, device, rows = self.prefill, hidden.device, self.session.rows
+        before = prefill.stages[-1]
+        rotary = tuple(part.to(device) for part in before.rotary)
+        place, alive = before.place.to(device), before.alive.to(device)
+        tokens = Tokens(number, hidden, place, alive, prefill, rotary, run.towers, run.sees)
+        chosen = run.method.choose(tokens)
+        keep, new = chosen if isinstance(chosen, tuple) else (chosen, hidden)
+        if keep.dtype != torch.bool or keep.shape != alive.shape or new.shape != hidden.shape:
+            raise ValueError(
+                f"A method has to choose with bool {tuple(alive.shape)} (and hidden states as they came), "
+                f"not {keep.dtype} {tuple(keep.shape)}."
+            )
+        keep = keep.to(device)[::rows].repeat_interleave(rows, 0) & alive  # the beams of a prompt keep the same
+        found = _narrowed(before, keep, tokens.last, new, run.positions, rotary, self.decoder.rotary_emb)
         if found is None:
-            return hidden
-        stage, hidden = found
-        prefill.stages.append(stage)
-        return hidden
+            return new
+        prefill.stages.append(found[0])
+        return found[1]
 
     def _ours(self, number: int) -> bool:
-        """Whether mask and positions of a layer are made here: behind a drop, or behind a shared beginning."""
+        """Whether mask and positions of a layer are made here: after a drop, or after a shared beginning."""
         return self.prefill.at[number] > 0 or self.prefill.rest is not None
 
     def _surroundings(self, number: int, hidden: Tensor, kwargs: dict) -> dict:
-        """Mask and rotary embedding of a layer behind a drop; one pair for all layers of a stage on a device."""
+        """Mask and rotary embedding of a layer after a drop; one pair for all layers of a stage on a device."""
         prefill = self.prefill
         key = prefill.at[number], hidden.device
         if key not in self.masks:
             stage = prefill.stages[key[0]]
             mask = create_causal_mask(
                 config=self.decoder.config, inputs_embeds=hidden, attention_mask=prefill.alive(stage),
-                past_key_values=of_layer(kwargs.get("past_key_values"), number),
+                past_key_values=_of_layer(kwargs.get("past_key_values"), number),
             )  # fmt: skip
             if not prefill.done:
                 rotary = tuple(part.to(hidden.device) for part in stage.rotary)
             elif stage.next is None:
                 rotary = kwargs["position_embeddings"]
             else:
-                position = stage.next + prefill.before(hidden.shape[1])
+                position = stage.next + prefill.since(hidden.shape[1])
                 rotary = self.decoder.rotary_emb(hidden, position_ids=position.to(hidden.device))
             self.masks[key] = {"attention_mask": mask, "position_embeddings": rotary, "position_ids": None}
         return self.masks[key]
 
     def _after_decoder(self, module: nn.Module, args: tuple, output: Any) -> None:
-        prefill = self.prefill
-        if self.rests:
-            return
+        prefill, asked, self.asked = self.prefill, self.asked, {}
         if prefill.done:
-            if self.hooks and plain(prefill, self.masks.values()):
+            if self.layer_hooks and self._plain():
                 self._unhook()
             return
-        if not prefill.pruned:
+        prefill.done = True
+        if prefill.pruned:
+            _check_columns(prefill, asked)
+        else:
             self._unhook()
-        prefill.done, self.views = True, None
-        self.sight.prompt_done()
-        if prefill.cache is not None:
-            cache = prefill.cache()
-            prefill.kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-            if prefill.pruned:
-                self.caches.add(cache)
-        prefill.statistics.clear()
+        cache = prefill.cache() if prefill.cache is not None else None
+        if cache is not None and prefill.pruned:
+            self.caches.add(cache)
+        self.trace.take(prefill, cache)
+        for run in self.runs:
+            if run.towers is not None:
+                run.towers.new_prompt()  # what the tower showed has been used
+        prefill.statistics, prefill.notes, prefill.views = {}, {}, Views()
         for stage in prefill.stages:
             stage.rotary = None
-        self.trace.latest = prefill
 
-    def _deepstack(self, process: Any, hidden: Tensor, visual: Tensor, features: Tensor) -> Tensor:
-        """Qwen3-VL adds features of its tower behind the first layers: only those of visual tokens that are left."""
-        if not self.rests and self.prefill.pruned:
-            visual, features = deepstack(self.prefill.stages[-1], visual, features)
+    def _plain(self) -> bool:
+        """Whether every layer can take the mask and the positions that the decoder makes for the first."""
+        prefill = self.prefill
+        stages = [prefill.stages[number] for number in set(prefill.at)]
+        ours = [layer["attention_mask"] for layer in self.masks.values()]
+        masked = any(stage.padded for stage in stages) or any(mask is not None for mask in ours)
+        return prefill.rest is None and not masked and (len(stages) == 1 or all(s.next is None for s in stages))
+
+    def _deepstack(self, decoder: nn.Module, process: Callable, hidden: Tensor, visual: Tensor, features: Tensor):
+        """Qwen3-VL adds features of its tower after the first layers: only those of visual tokens that are left."""
+        if self.prefill is not None and self.prefill.pruned and not self.prefill.done:
+            stage = self.prefill.stages[-1]
+            place, visual = stage.place.to(features.device), visual.to(features.device)
+            left = visual.gather(1, place) & stage.alive.to(features.device)
+            rank = (visual.flatten().cumsum(0) - 1).view_as(visual)
+            visual, features = left, features[rank.gather(1, place)[left]]
         return process(hidden, visual, features)
+
+
+def stage_of(model: PreTrainedModel, layer: int) -> Stage | None:
+    """The tokens that went into `layer` in the prefill that runs or ran last; None where the model is not pruned."""
+    session = session_of(model)
+    prefill = session and session.engine and session.engine.prefill
+    return prefill.stages[prefill.at[layer]] if prefill else None
+
+
+class Continuation:
+    """`rows` prompts that share the beginning which `model` has just read, alone, into `cache`, inside lv.prune.
+
+    Call it with the next tokens of each: the shorter ones begin with padding, and everything that is no padding is
+    kept. The beginning stays as it is, for other continuations. ValueError for any other cache.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: DynamicCache, rows: int):
+        session = session_of(model)
+        self.model, self.engine = model, session and session.engine
+        prefill = self.engine and self.engine.prefill
+        if not prefill or prefill.cache is None or prefill.cache() is not cache or len(prefill.stages[0].place) != 1:
+            raise ValueError("Only the latest prompt that was pruned, a single one with a cache, can be continued.")
+        self.cache = DynamicCache([(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v, *_ in cache])
+        rest = prefill.stages[0].alive.new_zeros(rows, 0)
+        self.beginning, self.prefill = prefill, replace(prefill, cache=ref(self.cache), seen=prefill.tokens, rest=rest)
+        self.engine.caches.add(self.cache)
+
+    def __call__(self, ids: Tensor, real: Tensor) -> Tensor:
+        """Logits (rows, vocabulary) after the next `ids` (rows, new), of which those that are `real` count."""
+        self.prefill.rest = torch.cat([self.prefill.rest, real], 1)
+        self.engine.prefill = self.prefill
+        try:
+            out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        finally:
+            self.engine.prefill = self.beginning
+        return out.logits[:, -1]
+
+
+def _statistics(call: Call, wanted: tuple[Statistic, ...], prefill: Prefill, decoder: nn.Module) -> dict:
+    """The `wanted` ones, float32 (batch, heads, slots), 0 for padding: see `Tokens.attention`.
+
+    ValueError where the groups of the prompt are not known, and for a prompt without question.
+    """
+    view, found = prefill.views.of(call), {}
+    last = view.last(len(call.query))
+    if "last" in wanted:
+        found["last"] = attention_row(call.query, call.key, call.scale, view, last)
+    if "equi" in wanted:
+        angles = prefill.stages[0].rotary
+        turn = equi_turn(call, view, decoder.rotary_emb, prefill.positions, angles, prefill.visual)
+        found["equi"] = attention_row(call.query, call.key, call.scale, view, last, turn)
+    sums = ("received",) if {"received", "received_mean"} & set(wanted) else ()
+    groups = [name for name in wanted if callable(name) or name in FROM]
+    rows = _queries(call, prefill, groups) if groups else None
+    streamed = stream(call.query, call.key, call.scale, view, (*sums, *["received_from"] * bool(groups)), rows)
+    if sums:
+        found["received"] = streamed["received"]
+        found["received_mean"] = streamed["received"] / view.seers[:, None].clamp(min=1)
+    for number, name in enumerate(groups):
+        found[name] = streamed["received_from"][:, :, number]
+        if name == "question":
+            found[name] = found[name] / rows[..., number].sum(1)[:, None, None]
+    return {name: found[name] for name in wanted}
+
+
+def _queries(call: Call, prefill: Prefill, groups: list[Statistic]) -> Tensor:
+    """Which queries belong to each group, bool (batch, slots, groups)."""
+    named = [name for name in groups if not callable(name)]
+    if named and prefill.groups is None:
+        raise ValueError(
+            f"Which tokens are {' and '.join(named)} is not known here: ask with lv.generate or lv.forward."
+        )
+    stage, device = prefill.stages[-1], call.query.device
+    place, alive = stage.place.to(device), stage.alive.to(device)
+    tokens = Tokens(len(prefill.at) - 1, call.query, place, alive, prefill)
+    rows = [name(tokens) if callable(name) else tokens.here(getattr(prefill.groups, name)) for name in groups]
+    rows = torch.stack([row & alive for row in rows], 2)
+    if "question" in groups and not rows[..., groups.index("question")].any(1).all():
+        raise ValueError("A prompt has no question token left to read attention from: take another reading.")
+    return rows
+
+
+def _narrowed(
+    before: Stage, keep: Tensor, last: Tensor, hidden: Tensor, positions: str, rotary: tuple[Tensor, Tensor],
+    embedding: nn.Module,
+) -> tuple[Stage, Tensor] | None:  # fmt: skip
+    """The stage of the slots that `keep` (batch, slots), and its hidden states; None if all go on.
+
+    `last` (batch, slots) are the tokens that have to: ValueError if one is dropped. `rotary` belongs to the slots of
+    `before`; `embedding` makes it anew for contiguous positions.
+    """
+    alive, counts = before.alive.to(hidden.device), keep.sum(1)
+    same, ends, least, most = torch.stack(
+        [(keep == alive).all(), (keep | ~alive | ~last).all(), counts.min(), counts.max()]
+    ).tolist()  # one wait for the device
+    if same:
+        return None
+    if not ends:
+        raise ValueError("The last token of a prompt was dropped: its prediction is the answer, so it has to stay.")
+    order = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, -most:]  # empty slots to the left
+    place, alive = before.place.to(hidden.device).gather(1, order), keep.gather(1, order)
+    hidden = _gather(hidden, order)
+    stage = Stage(place, alive, padded=least < most, next=before.next)
+    if positions == "contiguous":
+        stage.next = alive.sum(1, keepdim=True)
+        stage.rotary = embedding(hidden, position_ids=(alive.cumsum(1) - 1).clamp(min=0))
+    else:
+        stage.rotary = tuple(_gather(part, order) for part in rotary)
+    return stage, hidden
+
+
+def _gather(x: Tensor, slots: Tensor) -> Tensor:
+    """x (batch or 1, tokens, width) at slots (batch, kept)."""
+    return x.expand(len(slots), -1, -1).gather(1, slots[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def _of_layer(cache: DynamicCache | None, number: int) -> DynamicCache | None:
+    """A cache that holds this layer alone: masks are made for the length of the first one, and ours differ."""
+    if cache is None or number >= len(cache.layers):  # layers come into a new cache one by one
+        return None
+    alone = DynamicCache()
+    alone.layers = [cache.layers[number]]
+    return alone
+
+
+# What pruning cannot do is refused in one line, before it could give a wrong answer in silence ------------------------
+def _check_prefill(kwargs: dict[str, Any]) -> None:
+    """ValueError for arguments of the decoder that pruning could not follow."""
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if cache is not None and (type(cache) is not DynamicCache or getattr(cache, "offloading", False)):
+        raise ValueError(
+            f"Pruned layers keep different numbers of tokens, which a {type(cache).__name__} cannot hold: "
+            "use the default DynamicCache (no cache_implementation)."
+        )
+    if kwargs.get("cu_seq_lens_q") is not None:
+        raise ValueError("Prompts packed one after the other in one row cannot be pruned: give a padded batch.")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        raise ValueError("Pruning builds its own masks: pass attention_mask as (batch, tokens), or none.")
+
+
+def _check_step(prefill: Prefill | None, cache: Any, new: int) -> None:
+    """ValueError for a decode step that does not continue the prefill that was pruned."""
+    if prefill is None or not prefill.done or prefill.cache is None or prefill.cache() is not cache:
+        raise ValueError(f"This cache was filled by another prompt, or outside lv.prune: {ONE_CACHE}.")
+    announced = 1 if prefill.rest is None else prefill.tokens + prefill.rest.shape[1] - prefill.seen
+    if new != announced:
+        raise ValueError(
+            f"{new} tokens at once on a pruned cache: a second prompt, assisted decoding and prefill in chunks do not "
+            f"work with pruning; {ONE_CACHE}."
+        )
+
+
+def _check_columns(prefill: Prefill, asked: dict[str, Any]) -> None:
+    """ValueError where columns of the prompt were asked for by their number, and some were dropped."""
+    count = asked.get("logits_to_keep", 0)
+    gone = isinstance(count, Tensor)
+    if not gone and count > 1:  # the last ones
+        kept, stage = prefill.stages[0].alive[:, -count:], prefill.stages[-1]
+        there = torch.zeros_like(prefill.stages[0].alive).scatter(1, stage.place.to(kept.device), stage.alive.to(kept.device))
+        gone = bool((kept & ~there[:, -count:]).any())
+    if gone or "labels" in asked:
+        raise ValueError(
+            f"{' and '.join(asked)} address columns of the whole prompt, of which some were dropped: take the logits of "
+            "the tokens that are left, and find their columns in trace.kept."
+        )
+
+
+def _refuse_ended(*args: Any, **kwargs: Any) -> None:
+    raise ValueError(f"This cache was filled inside an lv.prune that has ended: {ONE_CACHE}.")

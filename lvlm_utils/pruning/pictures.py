@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lvlm_utils.parts import family_of, visual_ids
+from lvlm_utils.attention.towers import AXIS, Picture
+from lvlm_utils.families import family_of, visual_ids
 
 if TYPE_CHECKING:
-    from lvlm_utils.pruning.tokens import Tokens
+    from lvlm_utils.pruning.engine import Tokens
 
 SQUARE = ("llava", "vipllava", "deepseek_vl", "deepseek_vl_hybrid")  # one square of tokens for each picture
 
@@ -27,7 +28,7 @@ class View:
     order: Tensor  # (V,) which of its tokens they are, as the prompt counts
     patches: Tensor  # (V, patches that make a token) numbered as in the tower
     size: int  # patches in the tower
-    picture: dict  # what was seen of it
+    picture: Picture | None  # what a tower showed of it
 
 
 class Pictures:
@@ -62,9 +63,9 @@ class Pictures:
     def features(self) -> Tensor:
         """(P, V, C): what goes into the projector; the projected tokens where the projector mixes patches."""
         first = self.views[0]
-        if ("features", None) not in first.picture:
+        if first.picture is None or first.picture.features is None:
             return self.projected
-        found = [view.picture["features", None] for view in self.views]
+        found = [view.picture.features for view in self.views]
         if self._patch_by_patch:  # behind [CLS], which Video-LLaVA projects too
             rows = [x[len(x) - first.size :].T for x in found]
             return torch.stack([self._of_tokens(x, view).T for x, view in zip(rows, self.views, strict=True)])
@@ -76,32 +77,32 @@ class Pictures:
     def _patch_by_patch(self) -> bool:
         """Whether what goes into the projector is one row for each patch of the tower."""
         first = self.views[0]
-        return len(first.picture.get(("features", None), ())) - first.size in (0, 1)
+        features = None if first.picture is None else first.picture.features
+        return features is not None and len(features) - first.size in (0, 1)
 
     def seen(self, name: str) -> Tensor:
-        """What the plan sees ("cls", "received" or "given") of every visual token, (P, heads, V).
+        """What the method sees ("cls", "received" or "given") of every visual token, (P, heads, V).
 
         The mean over its patches, where the model merges several into one token; [CLS] as a key is left out.
         """
-        layer = self._layer(name)
+        found = self._seen(name)
         skip = 1 if name == "cls" else 0
-        return torch.stack([self._of_tokens(view.picture[name, layer][:, skip:], view) for view in self.views])
+        return torch.stack([self._of_tokens(x[:, skip:], view) for x, view in zip(found, self.views, strict=True)])
 
     def raw(self, name: str) -> Tensor:
-        """What the plan sees as the tower has it, (P, ...), [CLS] first if it has one, of the patches that are tokens.
+        """What the method sees as the tower has it, (P, ...), [CLS] first if it has one, of the patches that are tokens.
 
         ValueError unless every visual token is one patch.
         """
-        layer = self._layer(name)
+        found = self._seen(name)
         if not self.one_to_one:
             raise ValueError(
                 f"{self._model} makes a visual token of several patches, so patches of its tower cannot "
                 "be merged: take a method that only selects, such as vispruner or divprune."
             )
-        axis = {"query": None, "keys": 1, "hidden": 0}.get(name, -1)
-        found = [view.picture[name, layer] for view in self.views]
-        if axis is None:
+        if name == "query":
             return torch.stack(found)
+        axis = AXIS.get(name, -1)
         skip = found[0].shape[axis] - self.views[0].size  # 1 where [CLS] is there
         patches = [skip + view.patches[:, 0].to(x.device) for view, x in zip(self.views, found, strict=True)]
         index = [torch.cat([torch.arange(skip, device=at.device), at]) for at in patches]
@@ -128,16 +129,16 @@ class Pictures:
     @property
     def one_to_one(self) -> bool:
         """Whether a visual token is a patch of the tower. (Some patches may be no token: padding of LLaVA-NeXT.)"""
-        return all(view.patches.shape[1] == 1 and ("size", None) in view.picture for view in self.views)
+        return all(view.patches.shape[1] == 1 and view.picture is not None for view in self.views)
 
     @property
     def _model(self) -> str:
         return self.tokens.prefill.model.config.model_type
 
-    def _layer(self, name: str) -> int:
+    def _seen(self, name: str) -> list[Tensor]:
         if name not in self.tokens.sees:
-            raise ValueError(f"{name!r} of the tower was not recorded: name it in the plan's `sees`.")
-        return self.tokens.sees[name]
+            raise ValueError(f"{name!r} of the tower was not recorded: name it in the method's `sees`.")
+        return [view.picture.seen[name][0] for view in self.views]
 
     @staticmethod
     def _of_tokens(x: Tensor, view: "View") -> Tensor:
@@ -158,7 +159,7 @@ def look(tokens: "Tokens") -> list[Pictures]:
 
 
 def _views(tokens: "Tokens") -> list[View]:
-    prefill, seen = tokens.prefill, tokens.prefill.sight.pictures if tokens.sees else None
+    prefill, seen = tokens.prefill, None if tokens.towers is None else tokens.towers.pictures
     places = _places(tokens).cpu()  # image, tile, row, column (4, prompts, tokens)
     ids = prefill.ids.cpu()
     times = len(tokens.place) // places.shape[1]  # rows are repeated for beams
@@ -185,19 +186,19 @@ def _views(tokens: "Tokens") -> list[View]:
         whole[row, number] = max(size, whole.get((row, number), 0))
     views = []
     for at, (_, row, number, columns) in enumerate(found):
-        picture = seen[at] if seen is not None else {}
+        picture = seen[at] if seen is not None else None
         for copy in range(row * times, (row + 1) * times):
             views += _view(picture, copy, where[copy, columns], places[2:, row, columns].T, whole[row, number])
     return views
 
 
-def _view(picture: dict, row: int, slots: Tensor, places: Tensor, whole: int) -> list[View]:
+def _view(picture: Picture | None, row: int, slots: Tensor, places: Tensor, whole: int) -> list[View]:
     """The tokens of one picture that are patches and still there; none if there are none."""
-    size, blocks = picture.get(("size", None), (len(slots), True))
+    size, blocks = (len(slots), True) if picture is None else (picture.size, picture.merged)
     order = torch.arange(len(slots), device=slots.device)
     if blocks:  # the patches of a token stand together
         merged, rank = size // len(slots), places[:, 0] * (1 + places[:, 1].max()) + places[:, 1]
-        if merged * len(slots) != size or (picture and not torch.equal(rank, order)):
+        if merged * len(slots) != size or (picture is not None and not torch.equal(rank, order)):
             raise ValueError(
                 f"{len(slots)} visual tokens are not all of a picture of {size} patches: some were left out."
             )
@@ -223,7 +224,7 @@ def _places(tokens: "Tokens") -> Tensor:
     if visual is None or prefill.model.config.model_type not in SQUARE:
         raise ValueError("Which visual tokens are one picture is not known here: ask with lv.generate.")
     visual = visual.cpu()
-    sizes = {picture["size", None][0] for picture in prefill.sight.pictures if ("size", None) in picture}
+    sizes = {picture.size for picture in tokens.towers.pictures} if tokens.towers is not None else set()
     starts = visual & ~torch.cat([torch.zeros_like(visual[:, :1]), visual[:, :-1]], 1)
     size = sizes.pop() if len(sizes) == 1 else int(visual.sum()) // max(int(starts.sum()), 1)
     rank = visual.cumsum(1) - 1

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lvlm_utils.pruning.budget import check_keep, kept
-from lvlm_utils.pruning.tokens import Tokens
+Tokens = object
 
 
 def top(score: Tensor, number: int) -> Tensor:

@@ -1,0 +1,242 @@
+"""What observes or prunes a model right now, in one thread: where prompts begin, which groups they have, its hooks.
+
+A session begins with the first `lv.observe` or `lv.prune` of a model in a thread and ends with the last. It decides when
+a new prompt begins, so that nothing of a prompt that failed is left to the next one; it refuses what reads a prompt in
+another way than in one forward pass; and its hooks do nothing in a copy of the model.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import update_wrapper
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lvlm_utils.families import decoder_of, towers_of, visual_ids
+from lvlm_utils.token_groups import TokenGroups
+
+LOCK = threading.RLock()
+OPEN: "dict[tuple[int, int], Session]" = {}  # (id of the model, thread) -> session
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+
+
+def session_of(model: PreTrainedModel) -> "Session | None":
+    """The session of a model in this thread."""
+    return OPEN.get((id(model), threading.get_ident()))
+
+
+@contextmanager
+def told(model: PreTrainedModel, groups: TokenGroups | None) -> Iterator[None]:
+    """Let what observes or prunes `model` know the groups of the prompts that are read inside the block."""
+    session = session_of(model)
+    if session is None:
+        yield
+        return
+    before, session.groups = session.groups, groups
+    try:
+        yield
+    finally:
+        session.groups = before
+
+
+@contextmanager
+def joined(model: PreTrainedModel, part: Any) -> "Iterator[Session]":
+    """The session of `model`, which calls `part.new_prompt()` where a prompt begins. Parts may leave in any order."""
+    key = id(model), threading.get_ident()
+    with LOCK:
+        session = OPEN.get(key) or OPEN.setdefault(key, Session(model))
+        session.parts.append(part)
+    try:
+        yield session
+    finally:
+        with LOCK:
+            session.parts.pop(next(at for at, other in enumerate(session.parts) if other is part))
+            if not session.parts:
+                del OPEN[key]
+                session.hooks.close()
+
+
+class Session:
+    """One model in one thread."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model, self.thread = model, threading.get_ident()
+        self.parts: list[Any] = []  # what observes or prunes
+        self.engine: Any = None  # what prunes: no other thread may then run the model
+        self.groups: TokenGroups | None = None  # of the prompt that is read
+        self.ids: Tensor | None = None  # its input_ids, where they are known
+        self.rows = 1  # of the batch for each prompt: beams, or several answers
+        self.generating = False
+        self.read = True  # the decoder has got the pictures that a tower has seen so far
+        self.hooks = ExitStack()
+        self.hooks.callback(instead(model, "generate", _generate))
+        base = getattr(model, model.base_model_prefix, model)
+        before = {base: self._before_model, decoder_of(model): self._before_decoder}
+        before |= dict.fromkeys(towers_of(model).values(), self._before_tower)
+        for module, function in before.items():
+            self.hooks.callback(self.hook(module, function))
+        self.hooks.callback(self.hook(base, after=self._after_model, always=True))
+
+    def hook(
+        self, module: nn.Module, before: Callable | None = None, after: Callable | None = None, always: bool = False
+    ) -> Callable[[], object]:
+        """Register a forward pre-hook (called with keywords) and a forward hook; what is returned removes them.
+
+        always: call `after` also where the module raised.
+        """
+        handles = []
+        if before is not None:
+            handles.append(module.register_forward_pre_hook(_Hook(self, before), with_kwargs=True))
+        if after is not None:
+            handles.append(module.register_forward_hook(_Hook(self, after), always_call=always))
+        return lambda: [handle.remove() for handle in handles]
+
+    def begin(self) -> None:
+        """A prompt begins: nothing that was seen of another one counts any more."""
+        self.read = False
+        for part in self.parts:
+            part.new_prompt()
+
+    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.ids = kwargs.get("input_ids", args[0] if args else None)
+        pixels = any("pixel_values" in name and value is not None for name, value in kwargs.items())
+        if pixels and not self.generating:  # generate() may have run the tower before
+            self.begin()
+
+    def _before_tower(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.read:
+            self.begin()
+
+    def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if is_prompt(kwargs):
+            if self.read or not self._shows_pictures():
+                self.begin()
+            self.read = True
+
+    def _shows_pictures(self) -> bool:
+        """Whether the prompt has visual tokens, as far as is known: a tower may have run for something else."""
+        ids = torch.tensor(visual_ids(self.model), device=None if self.ids is None else self.ids.device)
+        return self.ids is None or bool(torch.isin(self.ids, ids).any())
+
+    def _after_model(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.read, self.ids = True, None
+
+
+def is_prompt(kwargs: dict[str, Any]) -> bool:
+    """Whether a decoder called with `kwargs` reads a prompt from its beginning: no cache, or an empty one."""
+    cache = kwargs.get("past_key_values")
+    return cache is None or cache.get_seq_length() == 0
+
+
+class _Hook:
+    """A hook that belongs to one session: it is not for other threads, and in a copy of the model it does nothing."""
+
+    def __init__(self, session: Session, function: Callable):
+        self.session, self.function = session, function
+
+    def __call__(self, *args: Any) -> Any:
+        if threading.get_ident() == self.session.thread:
+            return self.function(*args)
+        if self.session.engine is not None:
+            raise ValueError(OTHER_THREAD)
+        return None
+
+    def __reduce__(self) -> tuple:
+        return _nothing, ()
+
+
+OTHER_THREAD = (
+    "This model is pruned by another thread: open lv.prune in the thread that runs the model, and take turns, or give "
+    "every thread a model of its own."
+)
+
+
+def _nothing() -> Callable:
+    return _ignore
+
+
+def _ignore(*args: Any) -> None:
+    return None
+
+
+class _Instead:
+    """Stands in for a method of one object. A copy of the object has its own method in this place."""
+
+    def __init__(self, owner: Any, name: str, function: Callable):
+        self.owner, self.name, self.function = owner, name, function
+        self.own = vars(owner).get(name)  # of this object, if not of its class
+        self.method, self.users = getattr(owner, name), 0
+        update_wrapper(self, self.method)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.owner, self.method, *args, **kwargs)
+
+    def __reduce__(self) -> tuple:
+        return getattr, (self.owner, self.name)  # while a copy is made, its class alone has the name
+
+
+def instead(owner: Any, name: str, function: Callable) -> Callable[[], None]:
+    """Call `function(owner, method, ...)` in place of a method of one object; what is returned takes it back."""
+    with LOCK:
+        now = vars(owner).get(name)
+        if not isinstance(now, _Instead):
+            now = _Instead(owner, name, function)
+            setattr(owner, name, now)
+        now.users += 1
+
+    def undo() -> None:
+        with LOCK:
+            now.users -= 1
+            if now.users == 0 and now.own is not None:
+                setattr(owner, name, now.own)
+            elif now.users == 0:
+                delattr(owner, name)
+
+    return undo
+
+
+def _generate(model: PreTrainedModel, method: Callable, *args: Any, **kwargs: Any) -> Any:
+    """`generate` of a model with sessions."""
+    session = session_of(model)
+    if session is None or session.generating:
+        return method(*args, **kwargs)
+    named = signature(method).bind(*args, **kwargs).arguments
+    given = {**named.pop("kwargs", {}), **named}
+    settings = {**(given.get("generation_config") or model.generation_config).to_dict(), **given}
+    _refuse(settings)
+    session.rows = max(settings.get("num_beams") or 1, settings.get("num_return_sequences") or 1)
+    session.generating = True
+    try:
+        session.begin()
+        return method(*args, **kwargs)
+    finally:
+        session.generating, session.rows, session.read = False, 1, True
+
+
+def _refuse(settings: dict[str, Any]) -> None:
+    """ValueError for options of `generate` under which a prompt is not read in one forward pass of its own."""
+    get, cache = settings.get, settings.get("past_key_values")
+    if get("use_cache") is False:
+        raise ValueError("Generation without cache reads the prompt anew at every token: use_cache=True.")
+    if get("prefill_chunk_size"):
+        raise ValueError("prefill_chunk_size cuts the prompt into pieces: leave it out inside lv.observe and lv.prune.")
+    if any(get(name) for name in ASSISTED):
+        raise ValueError("Assisted decoding reads guesses as if they were the prompt: leave its options out.")
+    if (get("guidance_scale") or 1) != 1:
+        raise ValueError("guidance_scale reads a second prompt beside the first: leave it out.")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError("past_key_values already hold tokens: generate from the whole prompt.")
+
+
+@contextmanager
+def plain_arithmetic(device: torch.device) -> Iterator[None]:
+    """Arithmetic in the dtypes of its tensors, also inside torch.autocast."""
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
