@@ -1,8 +1,8 @@
 """What observes or prunes a model right now, in one thread: where prompts begin, which groups they have, its hooks.
 
-A session begins with the first `lv.observe` or `lv.prune` of a model in a thread and ends with the last. It decides when
-a new prompt begins, so that nothing of a prompt that failed is left to the next one; it refuses what reads a prompt in
-another way than in one forward pass; and its hooks do nothing in a copy of the model.
+A session begins with the first `lv.observe` or `lv.prune` of a model in a thread and ends with the last. It decides
+when a new prompt begins, so that nothing of a prompt that failed is left to the next one; it refuses what reads a
+prompt in another way than in one forward pass; and its hooks do nothing in a copy of the model.
 """
 
 import threading

@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ask, build, same, table, text_of
+from lvlm_utils.pruning.continuation import Continuation
 from processors import lvlm as family_lvlm
 
 import lvlm_utils as lv
 from lvlm_utils.evaluate import Store, continued, replies
 from lvlm_utils.evaluate.pruned import MEASURED, read
 from lvlm_utils.pruning import METHODS, Plan
-from lvlm_utils.pruning.continuation import Continuation
 from lvlm_utils.pruning.engine import told
 
 CONTEXT = {"name": "context", "drop": 0.3, "layers": range(3)}

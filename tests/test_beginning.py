@@ -7,13 +7,13 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ask, build, same, table, text_of
+from lvlm_utils.pruning.beginning import Beginning, first_choice
 from processors import lvlm as family_lvlm
 
 import lvlm_utils as lv
 from lvlm_utils.evaluate.pruned import MEASURED, read
 from lvlm_utils.parts import towers_of
 from lvlm_utils.pruning import METHODS, Plan
-from lvlm_utils.pruning.beginning import Beginning, first_choice
 
 CONTEXT = {"name": "context", "drop": 0.3, "layers": [1, 2]}
 FASTV = {"name": "fastv", "keep": 0.5, "layer": 2}

@@ -6,11 +6,11 @@ import processors
 import pytest
 import torch
 from families import IMAGE, build
+from lvlm_utils.pruning.guards import check_plan
 from PIL import Image
 
 import lvlm_utils as lv
 from lvlm_utils.pruning import Plan, context, ltp, prune, random, spatten, text
-from lvlm_utils.pruning.guards import check_plan
 
 SENTENCES = (
     "The room is quiet.", "Two books lie on the table!", "There is a red chair beside the plant.", "What do you see?",

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import families
 import pytest
 import torch
+from lvlm_utils.pruning.vision import tower_layers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, DynamicCache
 
 import lvlm_utils as lv
 from lvlm_utils import efficiency
 from lvlm_utils.parts import towers_of
-from lvlm_utils.pruning.vision import tower_layers
 
 PLAIN = ("llava", "vipllava", "llava_next", "llava_next_video", "video_llava", "llava_onevision", "deepseek_vl",
          "internvl", "idefics3", "smolvlm")  # fmt: skip

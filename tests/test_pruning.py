@@ -9,10 +9,10 @@ from recomputation import Chooses, Recomputation, greedy, plan_of, same
 from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
 from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
+import lvlm_utils as lv
 from lvlm_utils.attention.intercept import WATCHED
 from lvlm_utils.families import decoder_of
-import lvlm_utils as lv
-from lvlm_utils.methods import METHODS, context, fastv, prune
+from lvlm_utils.methods import context, fastv, prune
 from lvlm_utils.pruning.engine import stage_of
 from lvlm_utils.session import OPEN, told
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from captum.attr import LayerGradientXActivation
 from conftest import picture, text_of
+from recomputation import Chooses
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -17,7 +18,6 @@ from lvlm_utils import saliency
 from lvlm_utils.attention.streaming import pair_sums
 from lvlm_utils.attention.visibility import Visibility
 from lvlm_utils.methods import prune
-from recomputation import Chooses
 from lvlm_utils.saliency import information_flow
 
 CONTEXTS = ["Some words. A lamp stands near the window.", "", "The room is quiet."]

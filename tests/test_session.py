@@ -354,9 +354,9 @@ def test_another_thread_is_not_pruned_and_not_observed():
 
 
 def test_an_attention_that_is_registered_anew_is_the_one_that_runs():
+    from transformers import AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
-    from transformers import AttentionMaskInterface
 
     model, called = build("llava"), []
 

@@ -251,9 +251,8 @@ class _Observer:
         pictures = [picture.seen for picture in self.towers.pictures if picture.tower == name]
         names = {OBSERVED.get(one, one): one for one in pictures[0]}
         seen = Seen({*names} - {"seers"}, f"tower {name!r}")
-        seen.take({
-            to: together([torch.stack(picture[one]) for picture in pictures], 1, self.device) for to, one in names.items()
-        })  # fmt: skip
+        values = {to: [torch.stack(picture[one]) for picture in pictures] for to, one in names.items()}
+        seen.take({to: together(parts, 1, self.device) for to, parts in values.items()})
         self.seen.towers[name] = seen
 
 

@@ -153,8 +153,8 @@ def _blocks(
 
 @torch.no_grad()
 def pair_sums(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor, scale: float, view: Visibility, groups: torch.Tensor,
-    absolute: str,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor, scale: float, view: Visibility,
+    groups: torch.Tensor, absolute: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Sums of I_ij = sum over heads of |A_ij dL/dA_ij|, with its absolute value "inside" that sum or "outside".
 

@@ -1,4 +1,4 @@
-"""What the vision towers show of a prompt's pictures while these run through: for `observe` and for methods that prune."""
+"""What the vision towers show of a prompt's pictures on their way through: for `observe` and for methods that prune."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -212,7 +212,8 @@ def patch_order(config: PreTrainedConfig, grid: Tensor) -> Tensor | slice:
     side = config.window_size // config.patch_size // merge
     windows, before = [], 0
     for time, height, width in grid.tolist():
-        units = torch.cartesian_prod(*(torch.arange(n, device=grid.device) for n in (time, height // merge, width // merge)))
+        sides = (torch.arange(n, device=grid.device) for n in (time, height // merge, width // merge))
+        units = torch.cartesian_prod(*sides)
         keys = units // torch.tensor([1, side, side], device=grid.device)
         windows.append(torch.unique(keys, dim=0, return_inverse=True)[1] + before)
         before = int(windows[-1].max()) + 1

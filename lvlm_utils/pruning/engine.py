@@ -298,7 +298,7 @@ class Trace:
         if not self._at:
             return "Trace of lv.prune: no prefill yet"
         layers = " ".join(f"{number:g}" for number in self.tokens_per_layer)
-        return f"Trace of lv.prune: {self.mean_tokens:.1f} tokens a layer; by layer {layers}; cache {self.kv_bytes} bytes"
+        return f"Trace of lv.prune: {self.mean_tokens:.1f} tokens a layer ({layers}), cache {self.kv_bytes} bytes"
 
 
 # The engine -----------------------------------------------------------------------------------------------------------
@@ -720,13 +720,13 @@ def _check_columns(prefill: Prefill, asked: dict[str, Any]) -> None:
     count = asked.get("logits_to_keep", 0)
     gone = isinstance(count, Tensor)
     if not gone and count > 1:  # the last ones
-        kept, stage = prefill.stages[0].alive[:, -count:], prefill.stages[-1]
-        there = torch.zeros_like(prefill.stages[0].alive).scatter(1, stage.place.to(kept.device), stage.alive.to(kept.device))
-        gone = bool((kept & ~there[:, -count:]).any())
+        first, last = prefill.stages[0].alive, prefill.stages[-1]
+        there = torch.zeros_like(first).scatter(1, last.place.to(first.device), last.alive.to(first.device))
+        gone = bool((first & ~there)[:, -count:].any())
     if gone or "labels" in asked:
         raise ValueError(
-            f"{' and '.join(asked)} address columns of the whole prompt, of which some were dropped: take the logits of "
-            "the tokens that are left, and find their columns in trace.kept."
+            f"{' and '.join(asked)} address columns of the whole prompt, of which some were dropped: take the logits "
+            "of the tokens that are left, and find their columns in trace.kept."
         )
 
 

@@ -90,7 +90,7 @@ class Pictures:
         return torch.stack([self._of_tokens(x[:, skip:], view) for x, view in zip(found, self.views, strict=True)])
 
     def raw(self, name: str) -> Tensor:
-        """What the method sees as the tower has it, (P, ...), [CLS] first if it has one, of the patches that are tokens.
+        """What the method sees as the tower has it, (P, ...), [CLS] first if there is one, of patches that are tokens.
 
         ValueError unless every visual token is one patch.
         """

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lvlm_utils.pruning.budget import check_keep, kept
+
 Tokens = object
 
 
