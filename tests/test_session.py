@@ -452,6 +452,9 @@ def test_columns_that_are_not_there_any_more_cannot_be_asked_for(family):
                 model(**batch, **options)
         last = model(**batch).logits[:, -4:]
         torch.testing.assert_close(model(**batch, logits_to_keep=4).logits, last, rtol=1e-5, atol=1e-5)
+        with pytest.raises(ValueError):  # a call that fails asks nothing of the next one
+            model(**{**batch, "input_ids": ids.masked_fill(ids == IMAGE, 40)}, labels=ids)
+        assert model.model(**batch).last_hidden_state.shape[1] < ids.shape[1]
     with lv.prune(model, Last(keep=1.0)), torch.no_grad():  # nothing is dropped, so every column is there
         wanted = model(**batch).logits[:, 20]
         found = model(**batch, labels=ids).loss

@@ -28,7 +28,7 @@ def equi_positions(positions: Tensor, visual: Tensor) -> Tensor:
 
 
 def positions_of(kwargs: dict, batch: int, tokens: int, device: torch.device) -> Tensor:
-    """Positions by which a decoder called with `kwargs` turns keys: (batch or 1, tokens), on a grid one for each axis."""
+    """Positions by which a decoder called so turns its keys: (batch or 1, tokens), on a grid one for each axis."""
     given = kwargs.get("position_ids")
     if given is None:
         return torch.arange(tokens, device=device).expand(batch, -1)

@@ -245,6 +245,8 @@ class _Observer:
                 values["hidden"] = together(self.hidden, 0, self.device)
             self.seen.take(values)
         self.layers = self.views = None
+            if self.towers is not None:
+                self.towers.new_prompt()  # what the towers showed is in `seen`
         self.hidden, self.angles = [], None
 
     def _tower_seen(self, name: str) -> None:

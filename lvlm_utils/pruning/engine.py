@@ -379,7 +379,7 @@ class Engine:
     def enter(self, run: _Run) -> None:
         if not self.runs:
             hook = self.session.hook
-            self.hooks.callback(hook(self.model, self._before_model))
+            self.hooks.callback(hook(self.model, self._before_model, self._after_model, always=True))
             self.hooks.callback(hook(self.decoder, self._before_decoder, self._after_decoder))
             if hasattr(self.decoder, "_deepstack_process"):
                 self.hooks.callback(instead(self.decoder, "_deepstack_process", self._deepstack))
@@ -423,6 +423,9 @@ class Engine:
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = kwargs if len(args) < 2 else signature(module.forward).bind_partial(*args, **kwargs).arguments
         self.asked = {name: given[name] for name in ("labels", "logits_to_keep") if given.get(name) is not None}
+
+    def _after_model(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.asked = {}
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         self.masks = {}
@@ -525,14 +528,14 @@ class Engine:
         return self.masks[key]
 
     def _after_decoder(self, module: nn.Module, args: tuple, output: Any) -> None:
-        prefill, asked, self.asked = self.prefill, self.asked, {}
+        prefill = self.prefill
         if prefill.done:
             if self.layer_hooks and self._plain():
                 self._unhook()
             return
         prefill.done = True
         if prefill.pruned:
-            _check_columns(prefill, asked)
+            _check_columns(prefill, self.asked)
         else:
             self._unhook()
         cache = prefill.cache() if prefill.cache is not None else None
