@@ -244,9 +244,9 @@ class _Observer:
             if "hidden" in self.wanted:
                 values["hidden"] = together(self.hidden, 0, self.device)
             self.seen.take(values)
-        self.layers = self.views = None
             if self.towers is not None:
                 self.towers.new_prompt()  # what the towers showed is in `seen`
+        self.layers = self.views = None
         self.hidden, self.angles = [], None
 
     def _tower_seen(self, name: str) -> None:
