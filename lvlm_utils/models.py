@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import logging
 
 from lvlm_utils import ROOT
-from lvlm_utils.parts import FAMILIES, REMOTE, Family, decoder_of, family_of, find_family, towers_of, visual_ids
+from lvlm_utils.families import FAMILIES, REMOTE, Family, decoder_of, family_of, find_family, towers_of, visual_ids
 
 __all__ = ["EMBEDDED", "FAMILIES", "LVLM", "Family", "bare", "decoder_of", "load", "towers_of", "visual_ids"]
 

@@ -12,7 +12,7 @@ from processors import lvlm as family_lvlm
 
 import lvlm_utils as lv
 from lvlm_utils.evaluate.pruned import MEASURED, read
-from lvlm_utils.parts import towers_of
+from lvlm_utils.families import towers_of
 from lvlm_utils.pruning import METHODS, Plan
 
 CONTEXT = {"name": "context", "drop": 0.3, "layers": [1, 2]}

@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from lvlm_utils.parts import FAMILIES, decoder_of, family_of, find_family, towers_of, visual_ids
+from lvlm_utils.families import FAMILIES, decoder_of, family_of, find_family, towers_of, visual_ids
 
 OWN_ATTENTION = "high_res"  # SAM's attention adds relative positions to the scores and is not exchangeable
 

@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache
 
 from lvlm_utils.models import LVLM
-from lvlm_utils.parts import REMOTE
+from lvlm_utils.families import REMOTE
 
 PACK_TOKENS = 2048  # at most so many new tokens a forward: attention inside a pack grows with its square
 
