@@ -2,7 +2,7 @@
 
 import torch
 
-from lvlm_utils.parts import decoder_of
+from lvlm_utils.families import decoder_of
 from lvlm_utils.pruning import Plan
 
 

@@ -11,7 +11,7 @@ from processors import lvlm as family_lvlm
 
 import lvlm_utils as lv
 from lvlm_utils.evaluate.pruned import MEASURED, read
-from lvlm_utils.parts import towers_of
+from lvlm_utils.families import towers_of
 from lvlm_utils.pruning import METHODS, Plan
 from lvlm_utils.pruning.beginning import Beginning, first_choice
 

@@ -51,6 +51,8 @@ def test_greedy_is_greedy_whatever_the_checkpoint_says(name, asked, monkeypatch)
     lvlm, prompt, texts, said = asked
     monkeypatch.setattr(lvlm.model, "generation_config", GenerationConfig(eos_token_id=2, pad_token_id=0))
     setattr(lvlm.model.generation_config, name, setting(name, said))
+    if name in ("num_return_sequences", "num_beam_groups", "length_penalty", "early_stopping"):  # of beams alone
+        lvlm.model.generation_config.num_beams = 4
     before = lvlm.model.generation_config.to_dict()
     steps = []
     hook = lvlm.decoder.register_forward_pre_hook(
@@ -160,8 +162,8 @@ def test_dropout_is_off_while_we_ask_and_training_goes_on_after(training, asked,
     assert prompts.generate(training, prompt, 8) == texts and modes(training.model) == before
     logits = prompts.forward(training, prompt)
     assert torch.equal(logits, prompts.forward(training, prompt)) and modes(training.model) == before
-    with pytest.raises(TypeError), torch.no_grad():
-        prompts.forward(training, prompt, no_such_argument=1)
+    with pytest.raises(TypeError):
+        prompts.forward(training, prompt, logits_to_keep="all")
     assert modes(training.model) == before
     assert not torch.equal(*(training.model(**prompt.inputs).logits for _ in range(2)))  # dropout is there
 

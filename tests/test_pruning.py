@@ -12,7 +12,7 @@ from transformers.masking_utils import flash_attention_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lvlm_utils import ROOT
-from lvlm_utils.parts import decoder_of
+from lvlm_utils.families import decoder_of
 from lvlm_utils.pruning import METHODS, Plan, context, fastv, prune
 from lvlm_utils.pruning.engine import standing, told
 

@@ -10,7 +10,7 @@ from families import build, inputs
 from recomputation import greedy
 from torch.nn.functional import normalize
 
-from lvlm_utils.parts import decoder_of
+from lvlm_utils.families import decoder_of
 from lvlm_utils.pruning import cdpruner, divprune, fastervlm, fastv, fopru, prune, pyramiddrop, sparsevlm, vispruner
 
 GOLDEN = Path(__file__).parent / "golden"

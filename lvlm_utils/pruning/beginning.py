@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-from lvlm_utils.parts import decoder_of
+from lvlm_utils.families import decoder_of
 from lvlm_utils.pruning.engine import ENGINES
 from lvlm_utils.pruning.guards import replaced
 from lvlm_utils.pruning.stages import of_layer

@@ -13,7 +13,7 @@ from transformers.masking_utils import create_causal_mask
 
 from lvlm_utils.attention.intercept import Call, intercept
 from lvlm_utils.attention.record import Views
-from lvlm_utils.parts import decoder_of
+from lvlm_utils.families import decoder_of
 from lvlm_utils.pruning import guards
 from lvlm_utils.pruning.stages import begin, deepstack, narrowed, of_layer, plain
 from lvlm_utils.pruning.statistics import statistics

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from lvlm_utils.attention.intercept import Call, intercept
 from lvlm_utils.attention.record import Views
 from lvlm_utils.attention.visibility import Visibility
-from lvlm_utils.parts import decoder_of
+from lvlm_utils.families import decoder_of
 from lvlm_utils.pruning.tokens import Prefill, Tokens
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lvlm_utils.parts import family_of, visual_ids
+from lvlm_utils.families import family_of, visual_ids
 
 if TYPE_CHECKING:
     from lvlm_utils.pruning.tokens import Tokens

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from lvlm_utils.parts import visual_ids
+from lvlm_utils.families import visual_ids
 from lvlm_utils.pruning.tokens import Prefill, Stage
 
 if TYPE_CHECKING:
