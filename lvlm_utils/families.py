@@ -10,15 +10,15 @@ from math import isqrt
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import select_best_resolution
 
 if TYPE_CHECKING:
     from lvlm_utils.models import LVLM
 
-# (lvlm, inputs of a batch, which of its pictures or videos, how many tokens that has) -> (tokens, 3): tile, row, column
-Finder = Callable[["LVLM", BatchFeature, int, int], torch.Tensor]
+# (how many tokens, which of the batch's pictures or videos, inputs, lvlm) -> (tokens, 3): tile, row, column
+Finder = Callable[[int, int, BatchFeature, "LVLM"], Tensor]
 NOWHERE = torch.full((1, 3), -1)  # a newline token
 
 
@@ -87,16 +87,16 @@ def towers_of(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 def visual_ids(model: PreTrainedModel) -> tuple[int, ...]:
     """Token ids of the placeholders of pictures and videos, the picture's first; () where there are none."""
-    ids = [getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")]
+    ids = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))
     return tuple(i for i in ids if i is not None)
 
 
 # Where the tokens of one picture or video are -----------------------------------------------------------------------
-def _raster(tiles: int, rows: int, columns: int) -> torch.Tensor:
+def _raster(tiles: int, rows: int, columns: int) -> Tensor:
     return torch.cartesian_prod(torch.arange(tiles), torch.arange(rows), torch.arange(columns))
 
 
-def _square(tokens: int) -> torch.Tensor:
+def _square(tokens: int, *_) -> Tensor:
     """A square tile in reading order, after [CLS] where there is one token more. Another number is no known grid."""
     side = isqrt(tokens)
     if tokens - side**2 > 1:
@@ -104,11 +104,7 @@ def _square(tokens: int) -> torch.Tensor:
     return torch.cat([torch.tensor([[0, -1, -1]]).expand(tokens - side**2, 3), _raster(1, side, side)])
 
 
-def _whole(lvlm: "LVLM", inputs: BatchFeature, number: int, tokens: int) -> torch.Tensor:
-    return _square(tokens)
-
-
-def _frames(newlines: int, lvlm: "LVLM", inputs: BatchFeature, number: int, tokens: int) -> torch.Tensor:
+def _frames(newlines: int, tokens: int, number: int, inputs: BatchFeature, lvlm: "LVLM") -> Tensor:
     """Square frames of a video, one after the other, then `newlines`."""
     frames = inputs["pixel_values_videos"].shape[1]
     frame = _square((tokens - newlines) // frames)
@@ -116,21 +112,21 @@ def _frames(newlines: int, lvlm: "LVLM", inputs: BatchFeature, number: int, toke
     return torch.cat([*moved, NOWHERE.expand(newlines, 3)])
 
 
-def _tiles(lvlm: "LVLM", inputs: BatchFeature, number: int, tokens: int) -> torch.Tensor:
+def _tiles(tokens: int, number: int, inputs: BatchFeature, lvlm: "LVLM") -> Tensor:
     """Square tiles in reading order; after them the whole picture, which is tile 0."""
-    places = _video_tiles(lvlm, inputs, number, tokens)
+    places = _video_tiles(tokens, number, inputs, lvlm)
     places[:, 0] = (places[:, 0] + 1) % (places[-1, 0] + 1)
     return places
 
 
-def _video_tiles(lvlm: "LVLM", inputs: BatchFeature, number: int, tokens: int) -> torch.Tensor:
+def _video_tiles(tokens: int, number: int, inputs: BatchFeature, lvlm: "LVLM") -> Tensor:
     """A video of the same families: every frame is one tile."""
     processor = lvlm.processor
     length = processor.image_seq_length if hasattr(processor, "image_seq_length") else processor.image_seq_len
     return _raster(tokens // length, isqrt(length), isqrt(length))
 
 
-def _grid(kind: str, lvlm: "LVLM", inputs: BatchFeature, number: int, tokens: int) -> torch.Tensor:
+def _grid(kind: str, tokens: int, number: int, inputs: BatchFeature, lvlm: "LVLM") -> Tensor:
     """Pictures of any shape: a grid (time, height, width) in patches, of which merge x merge become one token."""
     grids = inputs[f"{kind}_grid_thw"]
     merge = inputs.get(f"{kind}_merge_sizes")
@@ -144,7 +140,7 @@ def _grid(kind: str, lvlm: "LVLM", inputs: BatchFeature, number: int, tokens: in
     return places
 
 
-def _anyres(packing: Callable, lvlm: "LVLM", inputs: BatchFeature, number: int, tokens: int) -> torch.Tensor:
+def _anyres(packing: Callable, tokens: int, number: int, inputs: BatchFeature, lvlm: "LVLM") -> Tensor:
     """The LLaVA-NeXT kind: the whole picture, then its tiles put together, unpadded, each row ended by a newline.
 
     The model's own packing, with the options that `packing` reads from its config, is run on features that hold their
@@ -170,7 +166,7 @@ def _anyres(packing: Callable, lvlm: "LVLM", inputs: BatchFeature, number: int, 
 
 
 # The records --------------------------------------------------------------------------------------------------------
-WHOLE = {"image": _whole}
+WHOLE = {"image": _square}
 _NEXT = {"image": partial(_anyres, lambda config: {"vision_feature_select_strategy": "default"})}
 _ONEVISION = {"image": partial(_anyres, lambda config: {"vision_aspect_ratio": config.vision_aspect_ratio})}
 _TILES = {"image": _tiles, "video": _video_tiles}

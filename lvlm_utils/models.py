@@ -27,14 +27,14 @@ WHERE = {"revision", "token", "subfolder", "cache_dir", "force_download", "local
 class LVLM:
     """A model with its processor and the few facts that the rest of the package needs.
 
-    `window` is the longest prompt in tokens. `revision` is the hub's commit that the config came from, or None; it is
-    for show, because it says nothing about weights that were trained on, or that lie in a folder.
+    `window` is the longest prompt in tokens. `revision` is the hub's commit that the config came from, or "". It
+    is for show, because it says nothing about weights that were trained on, or that lie in a folder.
     """
 
     model: PreTrainedModel
     processor: ProcessorMixin
     name: str
-    revision: str | None
+    revision: str
     window: int
     image_token_id: int | None  # None where the authors' code has no placeholder
 
@@ -140,7 +140,12 @@ def load(
         name, processor = name
     asked = {"dtype": dtype, "device_map": device_map, **from_pretrained}
     asked = {key: value for key, value in asked.items() if value is not None}  # of from_pretrained
-    if isinstance(name, str | Path):
+    held = not isinstance(name, str | Path)
+    if held:
+        model, label = bare(name), bare(name).config.name_or_path or "in-memory"
+        if asked:
+            raise ValueError(f"{', '.join(asked)} can be chosen while weights are read, not for a model in memory.")
+    else:
         if device_map is not None and device is not None:
             raise ValueError("device_map places weights while they are read: give no device= with it.")
         gpu = torch.cuda.is_available() and "cpu" not in (str(device), device_map)
@@ -149,25 +154,20 @@ def load(
         label = _find(name, from_pretrained.get("subfolder", ""))
         model, processor = _read(label, processor, trust_remote_code, attention, asked)
         if device_map is None and not getattr(model, "is_quantized", False):  # LOCAL_RANK: by accelerate launch
-            model.to(device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"))
-    else:
-        model, label = bare(name), bare(name).config.name_or_path or "in-memory"
-        if asked:
-            raise ValueError(f"{', '.join(asked)} can be chosen while weights are read, not for a model in memory.")
-        if processor is None:
-            raise ValueError("A model in memory needs its processor: load(model, processor).")
-        if attention is not None:
-            model.set_attn_implementation(attention)
-        if device is not None:
-            model.to(device)
-    if not family_of(model).verified:
-        kind = model.config.model_type or type(model).__name__
-        warnings.warn(f"{kind} is unverified: nobody has run this package on it. Check what it gives.", stacklevel=2)
-    revision = (getattr(model.config, "_commit_hash", None) or "")[:12] or None
+            device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu")
+    revision = (getattr(model.config, "_commit_hash", None) or "")[:12]
     lvlm = LVLM(model, processor, Path(label).name, revision, 0, next(iter(visual_ids(model)), None))
     if not hasattr(lvlm.tokenizer, "pad_token"):
-        raise ValueError(f"{type(processor).__name__} is no processor: it has no tokenizer.")
+        kind = type(processor).__name__
+        raise ValueError(f"{kind} is no processor: it has no tokenizer. Use load(model, processor).")
     lvlm.window = _window(lvlm)
+    if not lvlm.family.verified:
+        kind = model.config.model_type or type(model).__name__
+        warnings.warn(f"{kind} is unverified: nobody has run this package on it. Check what it gives.", stacklevel=2)
+    if held and attention is not None:
+        model.set_attn_implementation(attention)
+    if device is not None:
+        model.to(device)
     return lvlm
 
 

@@ -115,7 +115,7 @@ def _places(lvlm: LVLM, inputs: BatchFeature, offsets: Tensor, rendered: Sequenc
             slots = (visual[row] & inside(offsets[row], span)).nonzero()[:, 0]
             places[0, row, slots] = number
             if kind in layout:
-                found = layout[kind](lvlm, inputs, seen[kind], len(slots))
+                found = layout[kind](len(slots), seen[kind], inputs, lvlm)
                 if len(found) != len(slots):
                     wrote = f"The processor wrote {len(slots)} tokens for {kind} {number} of prompt {row}"
                     raise ValueError(f"{wrote}, {lvlm.name} puts {len(found)} there: the processor is not the model's.")

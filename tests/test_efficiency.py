@@ -111,7 +111,8 @@ def llava(**vision):
     """A tiny LLaVA with a DINOv2 tower, as it comes from other makers of parts than CLIP."""
     tower = AutoConfig.for_model("dinov2", hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=28,
                                  patch_size=7, mlp_ratio=2, **vision)  # fmt: skip
-    text = AutoConfig.for_model("llama", hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    text = AutoConfig.for_model("llama", hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                                num_attention_heads=4)  # fmt: skip
     config = AutoConfig.for_model("llava", vision_config=tower, text_config=text, image_token_index=5)
     return AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
 

@@ -1,4 +1,4 @@
-"""lv.generate and lv.forward: greedy whatever the checkpoint says, nothing thrown away, and the model left as it was."""
+"""lv.generate and lv.forward: greedy whatever the checkpoint says, nothing thrown away, the model left as it was."""
 
 import processors
 import pytest
@@ -135,7 +135,8 @@ def test_what_would_be_thrown_away_is_refused(name, asked):
     with pytest.raises(ValueError, match=f"lv.generate returns text alone, {name}=True would be lost"):
         prompts.generate(lvlm, prompt, **{name: True})
     with pytest.raises(ValueError, match=f"{name}=True would be lost"):
-        prompts.generate(lvlm, prompt, generation_config=GenerationConfig(**{name: True, "return_dict_in_generate": True}))
+        whole = GenerationConfig(**{name: True, "return_dict_in_generate": True})
+        prompts.generate(lvlm, prompt, generation_config=whole)
     assert prompts.generate(lvlm, prompt, 8, **{name: False}) == texts
 
 

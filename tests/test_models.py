@@ -42,7 +42,7 @@ def test_a_folder_opens_as_the_model_saved_there(folder, tiny, image):
 
 def test_opening_reads_no_weight_twice(folder, tiny, monkeypatch):
     """What identifies weights is asked by who needs it: the revision is the hub's, for show."""
-    assert lv.load(folder, device="cpu").revision is None and tiny.revision is None
+    assert lv.load(folder, device="cpu").revision == tiny.revision == ""
     monkeypatch.setattr(tiny.model.config, "_commit_hash", "0123456789abcdef", raising=False)
     assert lv.load(tiny.model, tiny.processor).revision == "0123456789ab"
     placed = lv.load(folder, device_map="meta")  # weights without content
@@ -78,8 +78,13 @@ def test_a_model_in_memory_stays_as_it_is(image):
     batch = lv.prompt(lvlm, [image, None], ["A lamp.", ""], "Is it?")
     assert state(model, processor) == before
     lv.generate(lvlm, batch, 2)
-    repr(lvlm), repr(batch)
+    assert repr(lvlm) and repr(batch)
     assert state(model, processor) == before and lvlm.model is model and lvlm.processor is processor
+    for wrong in (None, "processor"):  # nothing is changed on the way to an error
+        with pytest.raises(ValueError, match="is no processor: it has no tokenizer"):
+            lv.load(model, wrong, attention="sdpa", device="meta")
+    assert state(model, processor) == before
+    assert lv.load(model, processor, attention="sdpa").attention == "sdpa"  # only what is asked for
 
 
 def test_a_model_in_memory_keeps_its_dtype():

@@ -1,4 +1,4 @@
-"""Adding a family is adding a record: one that is registered here, at run time, is opened, observed, grouped, pruned."""
+"""Adding a family is adding a record: one registered here, at run time, is opened, observed, grouped and pruned."""
 
 from dataclasses import replace
 

@@ -180,11 +180,13 @@ def forms() -> dict:
     tensor = torch.tensor(array)
     return {
         "uint8 HWC": array, "uint8 CHW": array.transpose(2, 0, 1), "uint16": array.astype(np.uint16) * 257,
-        "float32": (array / 255).astype(np.float32), "float16": (array / 255).astype(np.float16), "float64": array / 255,
+        "float32": (array / 255).astype(np.float32), "float16": (array / 255).astype(np.float16),
+        "float64": array / 255,
         "big-endian": (array.astype(np.uint16) * 257).astype(">u2"), "not contiguous": array[::-1][::-1],
         "tensor": tensor, "tensor CHW": tensor.permute(2, 0, 1), "float tensor": tensor.permute(2, 0, 1) / 255,
         "uint16 tensor": (tensor.int() * 257).to(torch.uint16), "bfloat16": (tensor / 255).bfloat16(),
-        "wants gradients": (tensor / 255).requires_grad_(), "opaque RGBA": np.dstack([array, np.full(SIZE[::-1], 255, np.uint8)]),
+        "wants gradients": (tensor / 255).requires_grad_(),
+        "opaque RGBA": np.dstack([array, np.full(SIZE[::-1], 255, np.uint8)]),
     }  # fmt: skip
 
 

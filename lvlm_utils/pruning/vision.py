@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from lvlm_utils.attention.intercept import Call, intercept
 from lvlm_utils.attention.record import CLASS_TOKEN, Views, patch_order
 from lvlm_utils.attention.streaming import attention_row, scores_of
-from lvlm_utils.models import LVLM, bare
 from lvlm_utils.families import family_of, towers_of
+from lvlm_utils.models import LVLM, bare
 
 SEEN = ("cls", "received", "given", "keys", "query", "hidden")
 OF_CLASS = {"cls", "query"}  # what only a tower with [CLS] has
