@@ -162,7 +162,7 @@ def _lengths(text: PreTrainedConfig, tokens: int | Iterable[float], new_tokens: 
     """Prompt tokens in each layer."""
     if new_tokens < 1:
         raise ValueError(f"new_tokens={new_tokens} must be at least 1: the prefill gives one.")
-    lengths = [tokens] * text.num_hidden_layers if isinstance(tokens, int) else list(tokens)
+    lengths = list(tokens) if isinstance(tokens, Iterable) else [int(tokens)] * text.num_hidden_layers
     if len(lengths) != text.num_hidden_layers:
         raise ValueError(f"tokens has {len(lengths)} lengths, the model {text.num_hidden_layers} layers: one each.")
     return lengths

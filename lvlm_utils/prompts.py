@@ -218,8 +218,8 @@ def check_length(lvlm: LVLM, tokens: int) -> None:
 def assemble(lvlm: LVLM, image, context, question, video=None) -> Prompt:
     """`prompt` without its check of length."""
     arguments = {"image": image, "context": context, "question": question, "video": video}
-    lists = {name: v for name, v in arguments.items() if isinstance(v, list)}
-    lists |= {k: list(v) for k, v in arguments.items() if isinstance(v, tuple) and k in ("context", "question")}
+    many = {"context": list | tuple, "question": list | tuple}  # a tuple of pictures is one prompt
+    lists = {name: list(v) for name, v in arguments.items() if isinstance(v, many.get(name, list))}
     lengths = {name: len(v) for name, v in lists.items()}
     rows = next(iter(lengths.values()), 1)
     if set(lengths.values()) - {rows} or rows == 0:

@@ -48,6 +48,7 @@ def test_costs_of_a_pruned_prompt_are_sums_over_layers():
     mixed = efficiency.decoder_flops(config, [40, 40, 40, 10], 6)
     for part in ("prefill", "decode"):
         assert 4 * (long[part] - mixed[part]) == long[part] - short[part] > 0
+    assert efficiency.decoder_flops(config, torch.tensor([40]).numpy()[0], 6) == long  # numpy's numbers too
     assert efficiency.cache_bytes(config, [10.5] * 4) == efficiency.cache_bytes(config, [10, 11, 10, 11])
     saved = efficiency.cache_bytes(config, 40) - efficiency.cache_bytes(config, iter([40, 40, 10, 10]))
     assert saved == 2 * 2 * 30 * 2 * 16 * 2  # layers, keys and values, tokens, heads, width, bytes

@@ -255,6 +255,22 @@ def test_the_dtype_is_float32_on_a_cpu_and_the_checkpoints_on_a_gpu(folder, tmp_
     assert lv.load(**read, device="cpu").dtype == lv.load(**read, device_map="cpu").dtype == torch.float32
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_progress_bar_is_as_it_was_after_a_folder_was_read(shown, folder, capfd, monkeypatch):
+    before = logging.is_progress_bar_enabled()
+    switch = {True: logging.enable_progress_bar, False: logging.disable_progress_bar}
+    switch[shown]()
+    try:
+        lv.load(folder, device="cpu")
+        assert logging.is_progress_bar_enabled() is shown and "it/s" not in capfd.readouterr().err
+        with monkeypatch.context() as patch, pytest.raises(OSError):
+            patch.setattr(models.hf.AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: open("/no/file"))
+            lv.load(folder, device="cpu")
+        assert logging.is_progress_bar_enabled() is shown
+    finally:
+        switch[before]()
+
+
 def test_print_says_what_it_is(tiny, folder):
     lines = repr(lv.load(folder, device="cpu")).splitlines()
     assert len(lines) <= 4 and max(map(len, lines)) <= 120
