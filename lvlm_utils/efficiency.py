@@ -15,20 +15,11 @@ import pandas as pd
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 
-from lvlm_utils.models import LVLM
-from lvlm_utils.prompts import Prompt, generate
+from lvlm_utils.families import PLAIN_TOWERS, find_family
+from lvlm_utils.models import LVLM, evaluating
+from lvlm_utils.prompts import Prompt, generate, greedy_options
 
 T = TypeVar("T")
-# projectors that first fold neighbouring patches into one token: config.model_type -> patches per token
-_FOLDED = {
-    "internvl": lambda config: round(config.downsample_ratio**-2),
-    "idefics3": lambda config: config.scale_factor**2,
-    "smolvlm": lambda config: config.scale_factor**2,
-}
-_ONE_LINEAR = ("idefics3", "smolvlm")  # the other projectors are two linear layers
-_PLAIN = (
-    "llava", "vipllava", "llava_next", "llava_next_video", "video_llava", "llava_onevision", "deepseek_vl", *_FOLDED
-)  # fmt: skip
 
 
 def decoder_flops(config: PreTrainedConfig, tokens: int | Iterable[float], new_tokens: int = 1) -> dict[str, int]:
@@ -51,10 +42,8 @@ def decoder_flops(config: PreTrainedConfig, tokens: int | Iterable[float], new_t
     lengths = _lengths(text, tokens, new_tokens)
     steps = new_tokens - 1
     past = sum(steps * n + steps * (steps + 1) // 2 for n in lengths)  # step i sees n + i keys, itself among them
-    return {
-        "prefill": round(sum(per_token * n + per_pair * n * n for n in lengths)) + out,
-        "decode": steps * (len(lengths) * per_token + out) + round(per_pair * past),
-    }
+    prefill = round(sum(per_token * n + per_pair * n * n for n in lengths)) + out
+    return {"prefill": prefill, "decode": steps * (len(lengths) * per_token + out) + round(per_pair * past)}
 
 
 def tower_flops(config: PreTrainedConfig, pictures: int = 1, tokens: Iterable[float] | None = None) -> dict[str, int]:
@@ -66,29 +55,26 @@ def tower_flops(config: PreTrainedConfig, pictures: int = 1, tokens: Iterable[fl
     sees all patches in any case. ValueError where the tower is no plain transformer over pictures of one size (Qwen-VL,
     VideoLLaMA3, DeepSeek-VL's hybrid), and for a wrong number of layers.
     """
-    if config.model_type not in _PLAIN:
-        raise ValueError(
-            f"The tower of {config.model_type!r} has windows, free sizes or convolutions: "
-            "count its FLOPs on a run, with torch.utils.flop_counter.FlopCounterMode."
-        )
-    vision, text = config.vision_config, config.get_text_config()
+    family, text = find_family(config.model_type, []), config.get_text_config()
+    vision = config.vision_config
+    if family.patches is None or vision.model_type not in PLAIN_TOWERS or getattr(vision, "use_swiglu_ffn", False):
+        raise ValueError(f"The tower of {config.model_type!r} has windows, free sizes or layers of its own: "
+                         "count its FLOPs on a run, with torch.utils.flop_counter.FlopCounterMode.")  # fmt: skip
     image, patch = (_side(getattr(vision, name)) for name in ("image_size", "patch_size"))
-    width, patches = vision.hidden_size, (image // patch) ** 2
-    extra = int(vision.model_type in ("clip_vision_model", "internvl_vision"))  # [CLS]
+    width, patches, extra = vision.hidden_size, (image // patch) ** 2, PLAIN_TOWERS[vision.model_type]
+    inner = getattr(vision, "intermediate_size", None) or width * vision.mlp_ratio  # DINOv2 gives the latter
     lengths = [patches + extra] * vision.num_hidden_layers if tokens is None else list(tokens)
     if len(lengths) != vision.num_hidden_layers:
         raise ValueError(f"tokens has {len(lengths)} lengths, the tower {vision.num_hidden_layers} layers: one each.")
-    per_token = 2 * (4 * width**2 + 2 * width * vision.intermediate_size)
+    per_token = 2 * (4 * width**2 + 2 * width * inner)
     layers = sum(per_token * n + 4 * width * n * n for n in lengths)
     embedding = 2 * (lengths[0] - extra) * vision.num_channels * patch**2 * width
-    fold = _FOLDED[config.model_type](config) if config.model_type in _FOLDED else 1
+    merged = family.patches if isinstance(family.patches, int) else family.patches(config)
     used = getattr(config, "vision_feature_layers", None) or getattr(config, "vision_feature_layer", -1)
-    features = width * fold * (len(used) if isinstance(used, list | tuple) else 1)
-    linear = features * text.hidden_size + (config.model_type not in _ONE_LINEAR) * text.hidden_size**2
-    return {
-        "tower": round(pictures * (layers + embedding)),
-        "projector": pictures * 2 * (patches // fold) * linear,
-    }
+    features = width * merged * (len(used) if isinstance(used, list | tuple) else 1)
+    linear = features * text.hidden_size + (family.linears - 1) * text.hidden_size**2
+    projector = pictures * 2 * (patches // merged) * linear
+    return {"tower": round(pictures * (layers + embedding)), "projector": projector}
 
 
 def cache_bytes(
@@ -121,10 +107,11 @@ def measure(
     def run() -> dict[str, float]:
         clock = _Clock(lvlm.device)
         options = {"min_new_tokens": new_tokens, "logits_processor": LogitsProcessorList([clock])}
-        if isinstance(prompt, dict):
-            lvlm.generate(**prompt, **options, max_new_tokens=new_tokens, do_sample=False)
-        else:
+        if isinstance(prompt, Prompt):
             generate(lvlm, prompt, new_tokens, **options)
+        else:
+            with evaluating(lvlm):
+                lvlm.generate(**prompt, **greedy_options(lvlm, new_tokens, **options))
         start, first, *_, last = clock.stamps
         return {"ttft": first - start, "tpot": (last - first) / (new_tokens - 1)}
 
@@ -162,15 +149,12 @@ class _Clock(LogitsProcessor):
 
     def __init__(self, device: torch.device):
         self.device, self.stamps = device, []
-        self.stamp()
+        self()
 
-    def stamp(self) -> None:
+    def __call__(self, input_ids: torch.LongTensor | None = None, scores: torch.FloatTensor | None = None):
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         self.stamps.append(time.perf_counter())
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self.stamp()
         return scores
 
 
@@ -178,7 +162,7 @@ def _lengths(text: PreTrainedConfig, tokens: int | Iterable[float], new_tokens: 
     """Prompt tokens in each layer."""
     if new_tokens < 1:
         raise ValueError(f"new_tokens={new_tokens} must be at least 1: the prefill gives one.")
-    lengths = [tokens] * text.num_hidden_layers if isinstance(tokens, int) else list(tokens)
+    lengths = list(tokens) if isinstance(tokens, Iterable) else [int(tokens)] * text.num_hidden_layers
     if len(lengths) != text.num_hidden_layers:
         raise ValueError(f"tokens has {len(lengths)} lengths, the model {text.num_hidden_layers} layers: one each.")
     return lengths

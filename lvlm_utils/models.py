@@ -1,41 +1,34 @@
 """Open a large vision-language model (LVLM): an embedded one, a folder, a hub id, or a model you already hold."""
 
-import hashlib
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PreTrainedConfig,
-    PreTrainedModel,
-    ProcessorMixin,
-)
+import transformers as hf
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
 from lvlm_utils import ROOT
-from lvlm_utils.families import FAMILIES, REMOTE, Family, decoder_of, family_of, find_family, towers_of, visual_ids
-
-__all__ = ["EMBEDDED", "FAMILIES", "LVLM", "Family", "bare", "decoder_of", "load", "towers_of", "visual_ids"]
+from lvlm_utils.families import Family, decoder_of, family_of, find_family, towers_of, visual_ids
 
 EMBEDDED = ("tiny-llava", "tiny-llava-long")
 ACCEPTED = f"Embedded models: {', '.join(EMBEDDED)}; a local folder or a hub id is accepted too."
 UNLIMITED = 10**9  # a tokenizer that knows no limit gives a huge number
+# Keywords of from_pretrained that say where to read, so that config and processor need them as well as the model.
+WHERE = {"revision", "token", "subfolder", "cache_dir", "force_download", "local_files_only", "code_revision"}
 
 
-@dataclass
+@dataclass(repr=False)
 class LVLM:
     """A model with its processor and the few facts that the rest of the package needs.
 
-    `window` is the longest prompt in tokens; `revision` identifies the weights (content hash, or the hub's commit).
+    `window` is the longest prompt in tokens. `revision` is the hub's commit that the config came from, or "". It
+    is for show, because it says nothing about weights that were trained on, or that lie in a folder.
     """
 
     model: PreTrainedModel
@@ -43,11 +36,26 @@ class LVLM:
     name: str
     revision: str
     window: int
-    image_token_id: int | None  # None: remote code without a placeholder
+    image_token_id: int | None  # None where the authors' code has no placeholder
+
+    def __repr__(self) -> str:
+        count = sum(value.numel() for value in self.model.parameters())
+        text = f"LVLM {self.name!r}: {type(self.model).__name__}, {count / 1e6:,.1f} M parameters\n  "
+        text += f"{str(self.dtype).removeprefix('torch.')} on {self.device}, attention {self.attention}, "
+        text += f"prompts of at most {self.window} tokens"
+        for name, part in ({"decoder": self.decoder} | towers_of(self.model) if self.family.verified else {}).items():
+            depth = max((len(one) for one in part.modules() if isinstance(one, torch.nn.ModuleList)), default=0)
+            text += f"\n  {name}: {type(part).__name__} of {depth} layers"
+        return text
 
     @property
-    def tokenizer(self):
-        return _tokenizer(self.processor)
+    def tokenizer(self) -> hf.PreTrainedTokenizerBase:  # the authors' own code often comes with a tokenizer only
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def pad_token_id(self) -> int:
+        """What rows are filled up with: the tokenizer's padding token, else EOS, else any, as it is always masked."""
+        return next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
 
     @property
     def family(self) -> Family:
@@ -83,168 +91,132 @@ class LVLM:
 def bare(model: LVLM | PreTrainedModel) -> PreTrainedModel:
     """The transformers model of an LVLM, or the given model itself. ValueError for what is not of a known family."""
     model = model.model if isinstance(model, LVLM) else model
+    kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        given = type(model).__name__
-        raise ValueError(
-            f"Expected what lv.load returns or a transformers model, not {given} (peft: get_base_model())."
-        )
+        raise ValueError(f"Expected what lv.load returns or a transformers model, not {kind} (peft: get_base_model()).")
     family_of(model)
     if model.get_output_embeddings() is None:
-        raise ValueError(f"{type(model).__name__} predicts no tokens: give the model with its language-modelling head.")
+        raise ValueError(f"{kind} predicts no tokens: give the model with its language-modelling head.")
     return model
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode (no dropout) inside; then every module gets back the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def load(
     name: str | Path | PreTrainedModel | tuple[PreTrainedModel, ProcessorMixin],
-    processor: ProcessorMixin | None = None,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device | None = None,
-    device_map: str | dict | None = None,
-    attention: str | None = None,
-    trust_remote_code: bool = False,
-) -> LVLM:
-    """Open `name`: "tiny-llava", "tiny-llava-long", a folder, a hub id, or (model, processor).
+    processor: ProcessorMixin | None = None, *, dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None, device_map: str | dict | None = None, attention: str | None = None,
+    trust_remote_code: bool = False, **from_pretrained: Any,
+) -> LVLM:  # fmt: skip
+    """Open a model by name, or take one that you hold as it is.
 
-    A model given in memory keeps its dtype, and its device unless `device` is given; otherwise `device=None` takes a
-    GPU when there is one, and `device_map="auto"` lets accelerate spread the weights, which then stay where they are.
-    `attention` is a transformers implementation name ("sdpa", "eager", ...), None its default. Only safetensors
-    weights are read. `trust_remote_code` opens families that transformers lacks, with a warning; the others run the
-    library's code. Raises ValueError for an unknown name or architecture and for arguments that do not fit,
-    FileNotFoundError for an embedded model that is not built, ImportError for a package that is missing.
+    name: "tiny-llava", "tiny-llava-long", a folder, a hub id, or (model, processor).
+    processor: that of a model in memory, or one in place of the folder's.
+    dtype: of the weights. None: the checkpoint's own on a GPU, float32 on a CPU.
+    device: None takes a GPU when there is one; a model in memory then stays where it is.
+    device_map: "auto" lets accelerate spread the weights, which then stay there.
+    attention: a transformers implementation ("sdpa", "eager", ...); None for its default.
+    trust_remote_code: opens families that transformers lacks, with a warning. The others run the library's code.
+    from_pretrained: further keywords of that function, such as quantization_config, revision or token.
+
+    Only safetensors weights are read. A model in memory, its tokenizer and its settings are not changed, but for
+    `device` and `attention` where they are given. Raises ValueError for an unknown name or architecture and for
+    arguments that do not fit, FileNotFoundError for an embedded model that is not built, ImportError for a package that
+    is missing.
     """
     if isinstance(name, tuple):
         if len(name) != 2 or processor is not None:
             raise ValueError("A tuple is (model, processor), with nothing beside it.")
         name, processor = name
-    if device_map is not None:
-        if device is not None or not isinstance(name, str | Path):
-            raise ValueError("device_map places weights while they are read: not with device=, nor a model in memory.")
-        if find_spec("accelerate") is None:
-            raise ImportError("device_map needs accelerate: pip install accelerate.")
-    if isinstance(name, str | Path):
-        label = _find(name)
-        model = _read(label, dtype, device_map, attention, trust_remote_code)
-        processor = processor or _processor(label, _is_remote(model))
-        revision = _folder_hash(label) if Path(label).is_dir() else str(model.config._commit_hash)[:12]
-        gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # set for each process by accelerate launch
-        device = device or (gpu if torch.cuda.is_available() else "cpu")
+    asked = {"dtype": dtype, "device_map": device_map, **from_pretrained}
+    asked = {key: value for key, value in asked.items() if value is not None}  # of from_pretrained
+    held = not isinstance(name, str | Path)
+    if held:
+        model, label = bare(name), bare(name).config.name_or_path or "in-memory"
+        if asked:
+            raise ValueError(f"{', '.join(asked)} can be chosen while weights are read, not for a model in memory.")
     else:
-        model = bare(name)
-        if processor is None:
-            raise ValueError("A model in memory needs its processor: load(model, processor).")
-        if attention is not None:
-            model.set_attn_implementation(attention)
-        label, revision = model.config.name_or_path or "in-memory", _parameters_hash(model)
-    tokenizer = _tokenizer(processor)
-    if not hasattr(tokenizer, "pad_token"):
-        raise ValueError(f"{type(processor).__name__} is no processor: it has no tokenizer.")
-    if _is_remote(model):
-        warnings.warn(f"{label} runs its authors' own code and is unverified: check what it gives.", stacklevel=2)
-    if device is not None and device_map is None:
+        if device_map is not None and device is not None:
+            raise ValueError("device_map places weights while they are read: give no device= with it.")
+        gpu = torch.cuda.is_available() and "cpu" not in (str(device), device_map)
+        if not {"dtype", "torch_dtype"} & set(asked):
+            asked["dtype"] = "auto" if gpu else torch.float32
+        label = _find(name, from_pretrained.get("subfolder", ""))
+        model, processor = _read(label, processor, trust_remote_code, attention, asked)
+        if device_map is None and not getattr(model, "is_quantized", False):  # LOCAL_RANK: by accelerate launch
+            device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu")
+    revision = (getattr(model.config, "_commit_hash", None) or "")[:12]
+    lvlm = LVLM(model, processor, Path(label).name, revision, 0, next(iter(visual_ids(model)), None))
+    if not hasattr(lvlm.tokenizer, "pad_token"):
+        kind = type(processor).__name__
+        raise ValueError(f"{kind} is no processor: it has no tokenizer. Use load(model, processor).")
+    lvlm.window = _window(lvlm)
+    if not lvlm.family.verified:
+        kind = model.config.model_type or type(model).__name__
+        warnings.warn(f"{kind} is unverified: nobody has run this package on it. Check what it gives.", stacklevel=2)
+    if held and attention is not None:
+        model.set_attn_implementation(attention)
+    if device is not None:
         model.to(device)
-    model.eval()
-    if tokenizer.pad_token is None:  # padding is always masked, so any token will do
-        tokenizer.pad_token = tokenizer.eos_token
-    image_token_id = next(iter(visual_ids(model)), None)
-    return LVLM(model, processor, Path(label).name, revision, _window(model, tokenizer), image_token_id)
+    return lvlm
 
 
-def _find(name: str | Path) -> str:
+def _find(name: str | Path, subfolder: str) -> str:
     """The folder or hub id; raises one clear error when there is nothing of that name."""
-    source = ROOT / "data" / str(name) if str(name) in EMBEDDED else Path(name).expanduser()
-    if str(name) in EMBEDDED and not (source / "config.json").is_file():
-        raise FileNotFoundError(
-            f"The embedded model {name!r} is not built: no config.json in data/{name}. See data/tiny-llava/README.md."
-        )
-    if source.is_dir():
-        if not (source / "config.json").is_file():
-            raise ValueError(f"{str(name)!r} is no model: the folder holds no config.json. {ACCEPTED}")
+    name, embedded = str(name), str(name) in EMBEDDED
+    source = ROOT / "data" / name if embedded else Path(name).expanduser()
+    if (source / subfolder / "config.json").is_file():
         return str(source.resolve())
-    if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
-        return str(name)
-    raise ValueError(f"{str(name)!r} is no model. {ACCEPTED}")
+    if embedded:
+        raise FileNotFoundError(f"The embedded model {name!r} is not built: data/{name} has no config.json.")
+    if source.is_dir():
+        raise ValueError(f"{name!r} is no model: the folder holds no config.json. {ACCEPTED}")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(f"{name!r} is no model. {ACCEPTED}")
+    return name
 
 
-def _read(source: str, dtype, device_map, attention: str | None, trust_remote_code: bool) -> PreTrainedModel:
+def _read(source: str, processor, trusted: bool, attention: str | None, asked: dict) -> tuple:
+    """(model, processor)."""
+    where = {key: value for key, value in asked.items() if key in WHERE}
     try:
-        config, _ = PreTrainedConfig.get_config_dict(source)
+        config, _ = hf.PreTrainedConfig.get_config_dict(source, **where)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{source!r} is no model. {ACCEPTED} Its config cannot be opened: {reason}") from error
-    remote = find_family(config.get("model_type"), config.get("architectures") or []) in REMOTE.values()
-    if remote and not trust_remote_code:
-        raise ValueError(
-            f"{source} is not part of transformers: it runs its authors' own code and is unverified here. Give "
-            "trust_remote_code=True if you trust that code."
-        )
-    auto = AutoModelForCausalLM if remote else AutoModelForImageTextToText
-    options = {} if attention is None else {"attn_implementation": attention}
-    with _quiet(Path(source).is_dir()):
-        return auto.from_pretrained(
-            source, dtype=dtype, device_map=device_map, use_safetensors=True, trust_remote_code=remote, **options
-        )
-
-
-def _processor(source: str, trust_remote_code: bool) -> ProcessorMixin:
+    remote = not find_family(config.get("model_type"), config.get("architectures") or []).verified
+    if remote and not trusted:
+        raise ValueError(f"{source} is not part of transformers: it runs its authors' own code and is unverified. "
+                         "Give trust_remote_code=True if you trust that code.")  # fmt: skip
+    auto = hf.AutoModelForCausalLM if remote else hf.AutoModelForImageTextToText
+    own = {"attn_implementation": attention} if attention else {}
+    with ExitStack() as stack:
+        if Path(source).is_dir() and logging.is_progress_bar_enabled():  # a download keeps its progress bar
+            logging.disable_progress_bar()
+            stack.callback(logging.enable_progress_bar)
+        model = auto.from_pretrained(source, use_safetensors=True, trust_remote_code=remote, **own, **asked)
     try:
-        return AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return model, processor or hf.AutoProcessor.from_pretrained(source, trust_remote_code=remote, **where)
     except (ImportError, OSError, ValueError) as error:
-        kind = ImportError if isinstance(error, ImportError) else ValueError
-        reason = str(error).strip().splitlines()[0]
+        kind, reason = ImportError if isinstance(error, ImportError) else ValueError, str(error).strip().splitlines()[0]
         raise kind(f"The processor in {source} cannot be opened (give one: load(name, processor)). {reason}") from error
 
 
-def _is_remote(model: PreTrainedModel) -> bool:
-    return family_of(model) in REMOTE.values()
-
-
-def _tokenizer(processor):
-    return getattr(processor, "tokenizer", processor)  # remote code often comes with a tokenizer only
-
-
-def _window(model: PreTrainedModel, tokenizer) -> int:
+def _window(lvlm: LVLM) -> int:
     """Longest prompt in tokens, by the config of the language model, else by its tokenizer."""
-    text = model.config.get_text_config()
-    for name in ("max_position_embeddings", "seq_length", "n_positions"):
-        if getattr(text, name, None):
-            return getattr(text, name)
-    if tokenizer.model_max_length < UNLIMITED:
-        return tokenizer.model_max_length
-    raise ValueError("The longest prompt is not known: set max_position_embeddings in the config of the text model.")
-
-
-@contextmanager
-def _quiet(local: bool) -> Iterator[None]:
-    """No progress bar while a local folder is read (a download keeps its own); the setting comes back."""
-    hide = local and logging.is_progress_bar_enabled()
-    if hide:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if hide:
-            logging.enable_progress_bar()
-
-
-def _folder_hash(folder: str) -> str:
-    files = sorted(Path(folder).glob("*.safetensors"))
-    digests = [_file_hash(str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
-
-
-@lru_cache(maxsize=256)
-def _file_hash(path: str, mtime: int, size: int) -> str:
-    """sha256 of a file; time and size are there to notice a changed file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _parameters_hash(model: PreTrainedModel) -> str:
-    if any(value.is_meta for value in model.parameters()):
-        raise ValueError("Offloaded weights cannot be identified: load by name, lv.load(name, device_map=...).")
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:12]
+    text = lvlm.model.config.get_text_config()
+    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "seq_length", "n_positions")]
+    window = next(filter(None, [*limits, lvlm.tokenizer.model_max_length]))
+    if window >= UNLIMITED:
+        raise ValueError("The longest prompt is not known: set max_position_embeddings in the text model's config.")
+    return window

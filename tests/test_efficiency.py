@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import families
 import pytest
 import torch
-from lvlm_utils.pruning.vision import tower_layers
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, DynamicCache
+from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
 import lvlm_utils as lv
 from lvlm_utils import efficiency
 from lvlm_utils.families import towers_of
+from lvlm_utils.pruning.vision import tower_layers
 
 PLAIN = ("llava", "vipllava", "llava_next", "llava_next_video", "video_llava", "llava_onevision", "deepseek_vl",
          "internvl", "idefics3", "smolvlm")  # fmt: skip
@@ -48,6 +48,7 @@ def test_costs_of_a_pruned_prompt_are_sums_over_layers():
     mixed = efficiency.decoder_flops(config, [40, 40, 40, 10], 6)
     for part in ("prefill", "decode"):
         assert 4 * (long[part] - mixed[part]) == long[part] - short[part] > 0
+    assert efficiency.decoder_flops(config, torch.tensor([40]).numpy()[0], 6) == long  # numpy's numbers too
     assert efficiency.cache_bytes(config, [10.5] * 4) == efficiency.cache_bytes(config, [10, 11, 10, 11])
     saved = efficiency.cache_bytes(config, 40) - efficiency.cache_bytes(config, iter([40, 40, 10, 10]))
     assert saved == 2 * 2 * 30 * 2 * 16 * 2  # layers, keys and values, tokens, heads, width, bytes
@@ -104,7 +105,33 @@ def test_tower_flops_where_a_method_lets_the_tower_see_less():
 @pytest.mark.parametrize("family", sorted(set(families.FAMILY_NAMES) - set(PLAIN)))
 def test_a_tower_without_a_formula_says_so(family):
     with pytest.raises(ValueError, match=f"'{family}' has windows.*FlopCounterMode"):
-        efficiency.tower_flops(SimpleNamespace(model_type=family))
+        efficiency.tower_flops(families.build(family, layers=1).config)
+
+
+def llava(**vision):
+    """A tiny LLaVA with a DINOv2 tower, as it comes from other makers of parts than CLIP."""
+    tower = AutoConfig.for_model("dinov2", hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=28,
+                                 patch_size=7, mlp_ratio=2, **vision)  # fmt: skip
+    text = AutoConfig.for_model("llama", hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                                num_attention_heads=4)  # fmt: skip
+    config = AutoConfig.for_model("llava", vision_config=tower, text_config=text, image_token_index=5)
+    return AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
+
+
+def test_a_tower_of_another_maker_is_counted_or_refused():
+    model, ids = llava(), torch.full((1, 20), 9)
+    ids[0, 1:17] = 5
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 28, 28)}
+    found = counted(lambda: model(**inputs, logits_to_keep=1)).get_total_flops()
+    wanted = sum(efficiency.tower_flops(model.config).values())
+    assert wanted == found - efficiency.decoder_flops(model.config, 20)["prefill"]
+    model.config.vision_config.use_swiglu_ffn = True
+    pixtral = llava().config
+    pixtral.vision_config = AutoConfig.for_model("pixtral")
+    for config in (model.config, pixtral):
+        with pytest.raises(ValueError, match="'llava' has windows.*layers of its own.*FlopCounterMode"):
+            efficiency.tower_flops(config)
+
 
 
 def test_wrong_numbers_are_refused(tiny, image):
@@ -141,14 +168,15 @@ def test_prefill_and_decode_are_timed_apart(tiny, image, monkeypatch):
 
 def test_a_bare_model_is_timed_by_its_own_generate():
     """Exactly as many tokens as asked for, whatever the model would say; inside lv.prune the pruned model."""
-    model = families.build("llava")
+    model = families.build("llava").train()
+    model.generation_config.num_beams, model.generation_config.prefill_chunk_size = 3, 4
     inputs = families.inputs(model, batch=2, padded=False)
     steps = []
     hook = model.get_decoder().register_forward_hook(lambda *_: steps.append(1))
     with lv.prune(model, "random", keep=4) as trace:
         table = efficiency.measure(model, inputs, new_tokens=3, repeats=2)
     hook.remove()
-    assert len(steps) == 4 * 3 and len(table) == 2 and table[["ttft", "tpot"]].min(axis=None) > 0
+    assert model.training and len(steps) == 4 * 3 and len(table) == 2 and table[["ttft", "tpot"]].min(axis=None) > 0
     assert trace.mean_visual == 4
 
 

@@ -6,13 +6,13 @@ from itertools import chain
 import families
 import pytest
 import torch
-from families import BOS, FAMILY_NAMES, IMAGE, PAD, VIDEO, VIDEO_FAMILIES, VISION_START, build, inputs
+from families import BOS, FAMILY_NAMES, IMAGE, PAD, PATCH, SIDE, VIDEO, VIDEO_FAMILIES, VISION_START, build, inputs
 from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from lvlm_utils.families import FAMILIES, decoder_of, family_of, find_family, towers_of, visual_ids
+from lvlm_utils.families import FAMILIES, PLAIN_TOWERS, decoder_of, family_of, find_family, towers_of, visual_ids
 
 OWN_ATTENTION = "high_res"  # SAM's attention adds relative positions to the scores and is not exchangeable
 
@@ -152,17 +152,48 @@ def test_an_own_class_of_a_family_is_of_that_family():
     ("model_type", "class_name"),
     [
         ("videollama2_mistral", "Videollama2MistralForCausalLM"), ("videollama2_qwen2", ""), ("", "CogVLMForCausalLM"),
-        (None, "CogVLMVideoForCausalLM"), ("cogvlm", ""), ("qwen", "QWenLMHeadModel"),
+        (None, "CogVLMVideoForCausalLM"), ("qwen", "QWenLMHeadModel"),
     ],
 )  # fmt: skip
-def test_remote_families_are_known_by_type_or_class(model_type, class_name):
-    assert find_family(model_type, [class_name]) not in FAMILIES.values()
+def test_unverified_families_are_known_by_type_or_class(model_type, class_name):
+    family = find_family(model_type, [class_name])
+    assert not family.verified and family.patches is None and not family.layout
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3_5", "internvl_chat", "videollama3_qwen2", "", None])
 def test_an_unknown_architecture_lists_the_known_ones(model_type):
-    with pytest.raises(ValueError, match=f"Known: {', '.join(sorted(FAMILY_NAMES))}; as remote code also VideoLLaMA2"):
+    with pytest.raises(ValueError, match=f"Known: {', '.join(sorted(FAMILY_NAMES))}; unverified: CogVLM.*videollama2"):
         find_family(model_type, ["SomethingElse"])
+
+
+def test_the_record_says_what_the_model_does(model):
+    """Patches that become a token, tokens before them, and positions on a grid, each as the modules show it."""
+    family, text = family_of(model), model.config.get_text_config()
+    assert family.grid_positions == ("mrope_section" in text.rope_parameters)
+    assert set(family.unwatched) <= set(family.towers) and set(family.unwatched) == {OWN_ATTENTION} & set(family.towers)
+    if family.patches is None:
+        return
+    seen = []
+    hook = model.get_submodule(family.projector).register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    with torch.inference_mode():
+        for batch in seen_by(model):
+            model(**batch)
+    hook.remove()
+    vision = model.config.vision_config
+    patches = (SIDE // PATCH) ** 2
+    merged = family.patches if isinstance(family.patches, int) else family.patches(model.config)
+    for (_, output), tower in zip(seen[:1], towers_of(model).values()):
+        names = {name.rpartition(".")[2] for name, _ in tower.named_parameters()}
+        assert PLAIN_TOWERS[vision.model_type] == int(bool({"class_embedding", "cls_token"} & names))
+        assert output.shape[-2] == patches // merged
+    linears = [part for part in model.get_submodule(family.projector).modules() if isinstance(part, nn.Linear)]
+    assert len(linears) == family.linears
+
+
+def test_square_families_show_every_picture_as_one_square():
+    assert {name for name, family in FAMILIES.items() if family.square} == {
+        "llava", "vipllava", "deepseek_vl", "deepseek_vl_hybrid"
+    }  # fmt: skip
 
 
 def test_a_decoder_that_cannot_be_used_says_what_it_lacks():

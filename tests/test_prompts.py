@@ -177,6 +177,64 @@ def test_videos_that_cannot_be_shown(tiny, image):
         lv.prompt(blind, image, "", "Is it?", video=(image, image))
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "video_llama_3"])
+def test_pictures_that_a_processor_refuses_are_named_by_their_size(family, image):
+    lvlm = processors.lvlm(family)
+    for shape in ((400, 1), (1, 300)):
+        refused = r"takes no pictures of 40 x 32, {} x {} pixels: absolute aspect ratio".format(*shape)
+        with pytest.raises(ValueError, match=refused):
+            lv.prompt(lvlm, [image, Image.new("RGB", shape)], "", "Is it?")
+    broken = processors.lvlm("llava")
+    for error in (RuntimeError("no memory\nfor it"), ZeroDivisionError(), TypeError("odd"), IndexError("2")):
+        def refuse(*_, error=error, **__):
+            raise error
+
+        broken.processor.image_processor.preprocess = refuse
+        with pytest.raises(ValueError, match="takes no pictures of 40 x 32 pixels: ") as caught:
+            lv.prompt(broken, image, "", "Is it?")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["llava", "vipllava", "video_llava"])
+@pytest.mark.parametrize("height", [1, 3, 4])
+def test_a_picture_as_high_as_it_has_channels_is_not_turned(family, height):
+    lvlm = processors.lvlm(family)
+    low, high = (lv.prompt(lvlm, Image.new("RGB", (40, h), "orange"), "", "Is it?").inputs for h in (height, 30))
+    (name,) = (name for name in low if name.startswith("pixel_values"))
+    assert torch.equal(low[name], high[name])
+
+
+@pytest.mark.parametrize("reported", [None, [], [[]], [[], [], []]])
+def test_a_processor_that_does_not_say_what_it_wrote_is_refused(reported, image):
+    """Where placeholders were in the text; without any there is nothing to say."""
+    model, processor = build()
+
+    class Silent(type(processor)):
+        def __call__(self, **kwargs):
+            made = super().__call__(**kwargs)
+            made.pop("text_replacement_offsets")
+            if reported is not None:
+                made["text_replacement_offsets"] = reported
+            return made
+
+    processor.__class__ = Silent
+    lvlm = lv.load(model, processor)
+    with pytest.raises(ValueError, match="Silent does not say what it wrote for each picture"):
+        lv.prompt(lvlm, [None, image], "", "Is it?")
+    if not reported:
+        assert lv.prompt(lvlm, None, "A lamp.", "Is it?").groups.context.any()
+
+
+def test_print_of_a_prompt_says_what_it_holds(tiny, image):
+    said = repr(lv.prompt(tiny, image, "A lamp.", "Is it?"))
+    prompt = lv.prompt(tiny, [image, None] * 4, ["", text_of(50)] * 4, "Is it?")
+    lines = repr(prompt).splitlines()
+    assert len(said.splitlines()) == 2 and "16 visual" in said and "<image>" in said and "1 x " in said
+    assert len(lines) == 6 and lines[0].startswith(f"Prompt: 8 x {prompt.groups.visual.shape[1]} tokens")
+    assert f"0 visual, {int(prompt.groups.context[1].sum())} context" in lines[2] and "4 more" in lines[5]
+    assert max(map(len, lines)) <= 140
+
+
 def test_pictures_that_cannot_be_opened(tmp_path, images):
     with pytest.raises(FileNotFoundError, match="nowhere.png"):
         open_image(tmp_path / "nowhere.png")

@@ -14,7 +14,7 @@ from processors import lvlm
 
 import lvlm_utils as lv
 from lvlm_utils.evaluate.prefix import can_share
-from lvlm_utils.token_groups import PLACES
+from lvlm_utils.families import FAMILIES, towers_of
 
 known = cache(lvlm)  # the tests leave the models as they are
 PARTS = ("system", "visual", "context", "question")
@@ -135,7 +135,7 @@ def without_attention(model):
         zeros = torch.zeros_like(output[0] if isinstance(output, tuple) else output)
         return (zeros, *output[1:]) if isinstance(output, tuple) else zeros
 
-    parts = [part for tower in lv.models.towers_of(model.model).values() for part in tower.modules()]
+    parts = [part for tower in towers_of(model.model).values() for part in tower.modules()]
     hooks = [part.register_forward_hook(nothing) for part in parts if re.search("Attention$", type(part).__name__)]
     assert hooks
     try:
@@ -322,7 +322,9 @@ def test_a_processor_that_is_not_the_models_is_refused():
 
 
 def test_every_family_has_places():
-    assert set(PLACES) == set(FAMILY_NAMES) == set(lv.models.FAMILIES)
+    verified = {name: family for name, family in FAMILIES.items() if family.verified}
+    assert set(verified) == set(FAMILY_NAMES) and all("image" in family.layout for family in verified.values())
+    assert {name for name, family in verified.items() if "video" in family.layout} >= set(FILMED)
 
 
 # Answers ------------------------------------------------------------------------------------------------------------

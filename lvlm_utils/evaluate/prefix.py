@@ -15,7 +15,6 @@ import torch
 from transformers import DynamicCache
 
 from lvlm_utils.models import LVLM
-from lvlm_utils.families import REMOTE
 
 PACK_TOKENS = 2048  # at most so many new tokens a forward: attention inside a pack grows with its square
 
@@ -38,7 +37,7 @@ def can_share(lvlm: LVLM) -> bool:
 
     Positions must count tokens: on a grid (Qwen-VL) they hang on the picture's size too. Remote code is not trusted.
     """
-    plain = not lvlm.family.grid_positions and lvlm.family not in REMOTE.values()
+    plain = not lvlm.family.grid_positions and lvlm.family.verified
     if not plain or "logits_to_keep" not in signature(lvlm.model.forward).parameters:  # VideoLLaMA3 ignores it
         return False
     text = lvlm.model.config.get_text_config()

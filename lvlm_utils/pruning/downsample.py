@@ -16,8 +16,8 @@ from torch.nn.functional import interpolate
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from lvlm_utils.models import LVLM
 from lvlm_utils.families import towers_of
+from lvlm_utils.models import LVLM
 from lvlm_utils.pruning.budget import check_keep, kept
 from lvlm_utils.pruning.tokens import Plan
 from lvlm_utils.pruning.tome import behind, check, representatives

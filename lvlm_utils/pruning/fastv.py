@@ -16,8 +16,8 @@ from lvlm_utils.attention.equi import EquiPositions
 from lvlm_utils.attention.intercept import Call
 from lvlm_utils.attention.streaming import attention_row
 from lvlm_utils.attention.visibility import Visibility
-from lvlm_utils.models import LVLM
 from lvlm_utils.families import decoder_of
+from lvlm_utils.models import LVLM
 from lvlm_utils.pruning.budget import check_keep, kept
 from lvlm_utils.pruning.measure import Measure
 from lvlm_utils.pruning.ranking import numbers, ranks, top

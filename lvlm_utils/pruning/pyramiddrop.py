@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lvlm_utils.models import LVLM, bare
 from lvlm_utils.families import decoder_of
+from lvlm_utils.models import LVLM, bare
 from lvlm_utils.pruning.budget import check_keep, kept
 from lvlm_utils.pruning.ranking import at_start, depths, numbers, ranks, top
 from lvlm_utils.pruning.tokens import Plan, Tokens

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lvlm_utils.models import LVLM, bare
 from lvlm_utils.families import family_of
+from lvlm_utils.models import LVLM, bare
 from lvlm_utils.pruning.budget import check_drop, check_keep, kept
 from lvlm_utils.pruning.text import check_protect, droppable, knowing, noise
 from lvlm_utils.pruning.text import select as lowest_go

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from lvlm_utils.attention.intercept import Call
 from lvlm_utils.attention.streaming import stream
 from lvlm_utils.attention.visibility import Visibility
-from lvlm_utils.models import LVLM, bare
 from lvlm_utils.families import decoder_of
+from lvlm_utils.models import LVLM, bare
 from lvlm_utils.pruning.budget import check_keep, kept
 from lvlm_utils.pruning.measure import Measure
 from lvlm_utils.pruning.ranking import at_start, depths, numbers, ranks, top

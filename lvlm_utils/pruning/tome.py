@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from lvlm_utils.attention.intercept import Call, intercept
-from lvlm_utils.models import LVLM, bare
 from lvlm_utils.families import towers_of
+from lvlm_utils.models import LVLM, bare
 from lvlm_utils.pruning.budget import check_keep, kept
 from lvlm_utils.pruning.engine import ENGINES
 from lvlm_utils.pruning.tokens import Plan, Tokens
