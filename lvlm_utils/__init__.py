@@ -16,7 +16,7 @@ _FUNCTIONS = {
     "summary": "evaluate",
     "kept": "results",
 }
-_MODULES = ("datasets", "stats", "figures", "pruning", "efficiency")
+_MODULES = ("samples", "stats", "figures", "pruning", "efficiency")
 __all__ = ["ROOT", *_FUNCTIONS, *_MODULES]
 
 
