@@ -34,7 +34,7 @@ def main() -> None:
     options = parser.parse_args()
 
     lvlm = lv.load(options.model)
-    samples = lv.datasets.load(options.dataset, lvlm, samples=6 * options.pictures)
+    samples = lv.samples.load(options.dataset, lvlm, samples=6 * options.pictures)
     ask = {"batch_size": options.batch_size, "progress": False}
     lv.answer(lvlm, samples[samples["length"] == 0], **ask)  # warm up
     report = {

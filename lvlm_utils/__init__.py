@@ -18,7 +18,7 @@ _FUNCTIONS = {
     "summary": "evaluate",
     "kept": "results",
 }
-_MODULES = ("datasets", "stats", "figures", "pruning", "efficiency", "methods")
+_MODULES = ("methods", "pruning", "samples", "efficiency", "stats", "figures")
 __all__ = ["ROOT", *_FUNCTIONS, *_MODULES]
 
 

@@ -116,7 +116,7 @@ def test_no_large_files():
 
 
 def public_functions():
-    """What users call: the functions of `lv` itself and those that datasets, stats and figures export."""
+    """What users call: the functions of `lv` itself and those that samples, stats and figures export."""
     found = [getattr(lv, name) for name in lv.__all__]
     for module in [each for each in found if inspect.ismodule(each)]:
         found += [getattr(module, name) for name in getattr(module, "__all__", vars(module)) if name[0] != "_"]

@@ -8,6 +8,7 @@ The same numbers give the same bytes. Training (data/tiny-llava/) draws its own 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import random
 import re
@@ -129,7 +130,7 @@ def evidence(scenes: int = 40_000) -> dict:
 
 
 def describe_world() -> dict:
-    """world.json: what is known of the world behind the pictures; real data has no such file."""
+    """world.json: what is known of the world that the pictures show; real data has no such file."""
     return {
         "objects": {
             name: {"plural": plural, "aliases": list(others), "emoji": chr(code)}
@@ -151,8 +152,15 @@ def describe_world() -> dict:
 
 
 def dump(value, file: Path) -> None:
+    """Write JSON, packed where the name ends in .gz; no time and no name inside, so the same value gives the same bytes."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
+    data = (json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
+    with file.open("wb") as raw:
+        if file.suffix == ".gz":
+            with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:
+                packed.write(data)
+        else:
+            raw.write(data)
 
 
 def main(out: Path, scenes: int) -> None:
@@ -185,8 +193,8 @@ def main(out: Path, scenes: int) -> None:
     lines = [",".join((name, plural, *others)) for name, (_, plural, others) in world.OBJECTS.items()]
     (out / "vg" / "object_alias.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     for kind, records in texts.items():
-        dump(records, out / "svit" / f"{kind}.json")
-    dump(labels, out / "labels.json")
+        dump(records, out / "svit" / f"{kind}.json.gz")
+    dump(labels, out / "labels.json.gz")
     dump(describe_world(), out / "world.json")
 
 

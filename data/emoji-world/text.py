@@ -77,7 +77,7 @@ def where(thing: Thing) -> tuple[str, str]:
 
 
 def relation(a: Thing, b: Thing) -> str:
-    """How a stands to b, by the larger of the two distances."""
+    """Where a is, seen from b, by the larger of the two distances."""
     dx, dy = (a.box[0] + a.box[2]) - (b.box[0] + b.box[2]), (a.box[1] + a.box[3]) - (b.box[1] + b.box[3])
     if abs(dx) > abs(dy):
         return "to the left of" if dx < 0 else "to the right of"

@@ -1,4 +1,4 @@
-"""The emoji world: its objects, its scenes, how a scene is drawn by lot and how it is painted.
+"""The emoji world: its objects, its scenes, how a scene is chosen at random and how it is painted.
 
 Everything is a function of a `random.Random`; nothing here needs torch or the emoji font (`sprites.webp` holds the pictures).
 The sentences about a scene are made in `text.py`, the files of the held-out split in `build.py`.
@@ -374,8 +374,8 @@ def paint(scene: Scene, rng: random.Random) -> np.ndarray:
     picture = rng.choice(fields[scene.kind]).copy()
     for thing in scene.things:
         x1, y1, x2, y2 = thing.box
-        colour, behind = _layer(thing.name, x2 - x1, y2 - y1, thing.flip)
-        picture[y1:y2, x1:x2] = picture[y1:y2, x1:x2] * behind + colour * np.float32(rng.uniform(0.8, 1.12))
+        colour, through = _layer(thing.name, x2 - x1, y2 - y1, thing.flip)
+        picture[y1:y2, x1:x2] = picture[y1:y2, x1:x2] * through + colour * np.float32(rng.uniform(0.8, 1.12))
     picture += rng.choice(grain)
     return np.clip(picture, 0, 255, out=picture).astype(np.uint8)
 

@@ -127,4 +127,4 @@ def save(model: LlavaForConditionalGeneration, words: PreTrainedTokenizerFast, f
     model.save_pretrained(folder)
     processor(words).save_pretrained(folder)
     file = folder / "config.json"
-    file.write_text(file.read_text().replace('"bfloat16"', '"float32"'))
+    file.write_text(file.read_text(encoding="utf-8-sig").replace('"bfloat16"', '"float32"'), encoding="utf-8")

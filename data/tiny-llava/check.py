@@ -15,7 +15,7 @@ QUESTIONS = 1800
 def main(names: list[str]) -> None:
     for name in names:
         lvlm = lv.load(name)
-        samples = lv.datasets.load("emoji-world", lvlm, samples=QUESTIONS, lengths=(0,))
+        samples = lv.samples.load("emoji-world", lvlm, samples=QUESTIONS, lengths=(0,))
         parts = []
         for image in ("original", "white", "black", "none"):
             answers = lv.answer(lvlm, samples, image=image)

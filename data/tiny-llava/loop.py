@@ -82,9 +82,9 @@ def _forget_after(log: Path, step: int) -> None:
     """Drop the log of steps that were lost with the kill: they are about to be done again."""
     if not log.exists():  # killed before the first row
         return
-    with log.open(newline="") as file:
+    with log.open(newline="", encoding="utf-8-sig") as file:
         header, *rows = csv.reader(file)
-    with log.open("w", newline="") as file:
+    with log.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header] + [row for row in rows if int(row[0]) <= step])
 
 
@@ -96,7 +96,7 @@ def _mean(window: list[dict]) -> dict:
 def _append(log: Path, row: dict) -> None:
     """One CSV row as `step, seconds, name, value` lines: stages log different numbers."""
     fresh = not log.exists()
-    with log.open("a", newline="") as file:
+    with log.open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         if fresh:
             writer.writerow(["step", "seconds", "name", "value"])

@@ -48,7 +48,7 @@ class Row:
 
 
 class Writer:
-    """Writes rows about scenes with one tokenizer and one source of chance."""
+    """Writes rows about scenes with one tokenizer and one random generator."""
 
     def __init__(self, words: PreTrainedTokenizerFast, rng: random.Random):
         self.words, self.rng, self.cache = words, rng, {}

@@ -1,10 +1,12 @@
 """The readers on real formats, the leak audit on planted leaks, and the builder on a small synthetic world."""
+import gzip
 import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -14,9 +16,9 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lvlm_utils import datasets
-from lvlm_utils.datasets import readers, records
-from lvlm_utils.datasets.contexts import grow
+from lvlm_utils import samples
+from lvlm_utils.samples import readers
+from lvlm_utils.samples.builder import LENGTHS, grow
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -111,16 +113,16 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(root, tokenizer):
-    return datasets.load(root, tokenizer, samples=54, seed=3)
+    return samples.load(root, tokenizer, samples=54, seed=3)
 
 
 # ---------------------------------------------------------------- words
 
 def test_sentences_split_after_a_stop_and_white_space():
     text = "One 0.5 is half.  Two? Three! [0.1, 0.2]\nFour"
-    assert [text[a:b] for a, b in datasets.sentences(text)] == ["One 0.5 is half.", "Two?", "Three!",
+    assert [text[a:b] for a, b in samples.sentences(text)] == ["One 0.5 is half.", "Two?", "Three!",
                                                                 "[0.1, 0.2]\nFour"]
-    assert datasets.sentences("  ") == []
+    assert samples.sentences("  ") == []
 
 
 @pytest.mark.parametrize("text, names, found", [
@@ -133,14 +135,13 @@ def test_sentences_split_after_a_stop_and_white_space():
     ("", ["dog"], set()),
 ])
 def test_mentions(text, names, found):
-    assert datasets.mentions(text, names) == found
+    assert samples.mentions(text, names) == found
 
 
-def test_mentions_know_the_worlds_plurals_and_the_aliases_of_both_sources():
-    world = {"objects": {"cactus": {"plural": "cactuses", "aliases": ["prickly pear"]}}}
-    words = datasets.lexicon(["cactus", "couch"], {"couch": ["couch", "sofa"]}, world)
-    assert datasets.mentions("Sofas and Prickly-Pears", words) == {"cactus", "couch"}
-    assert datasets.mentions("cactuses", words) == {"cactus"} == datasets.mentions("cacti", words)
+def test_mentions_know_the_plurals_and_aliases_of_the_data():
+    words = samples.lexicon(["cactus", "couch"], {"couch": ["couch", "sofa"], "cactus": ["cactuses", "prickly pear"]})
+    assert samples.mentions("Sofas and Prickly-Pears", words) == {"cactus", "couch"}
+    assert samples.mentions("cactuses", words) == {"cactus"} == samples.mentions("cacti", words)
 
 
 LEAKS = {"plain": "a dog here", "plural": "two dogs here", "synonym": "one hound here", "synonym plural": "hounds",
@@ -154,19 +155,19 @@ LEAKS = {"plain": "a dog here", "plural": "two dogs here", "synonym": "one hound
 @pytest.mark.parametrize("kind", LEAKS)
 def test_audit_finds_each_planted_leak_and_only_it(table, kind):
     target = "traffic light" if kind.startswith(("multi", "closed")) else "dog"
-    words = datasets.lexicon(NAMES, world=WORLD)
-    assert datasets.audit(table, words).empty
+    words = samples.lexicon(NAMES, {"dog": ["hound"]})
+    assert samples.audit(table, words).empty
     planted = table.copy()
     rows = planted.index[planted["length"] == 500][:5]
     planted.loc[rows[2], ["target", "context"]] = [target, "It is calm. " + LEAKS[kind] + " It is calm."]
-    leaks = datasets.audit(planted, words)
+    leaks = samples.audit(planted, words)
     assert leaks["row"].tolist() == [rows[2]] and leaks["target"].tolist() == [target]
     assert LEAKS[kind][leaks["start"][0] - 12:].startswith(leaks["form"][0])
 
 
 def test_audit_refuses_a_lexicon_that_cannot_find_the_target(table):
     with pytest.raises(ValueError, match="lexicon does not know"):
-        datasets.audit(table, datasets.lexicon(["submarine"]))
+        samples.audit(table, samples.lexicon(["submarine"]))
 
 
 # ---------------------------------------------------------------- readers
@@ -222,13 +223,13 @@ def edited(tmp_path: Path, file: str, old: str, new: str) -> Path:
 
 @pytest.mark.parametrize("file, old, new, message", [
     ("svit/conversation.json", '"from": "gpt"', '"from": "user"', r"conversation.json: record 0 \(image_id 2412112\): "
-     r"conversations\[0\].content\[1\]: field 'from' must be 'gpt'"),
-    ("svit/conversation.json", '"id": 3', '"number": 3', r"conversation.json: record 1: field 'image_id' .* nothing"),
-    ("svit/conversation.json", '"value": "How is the weather?"', '"value": 7', r"t\[0\]: field 'value' must be str"),
+     r"user and gpt must take turns, found \['user', 'user'"),
+    ("svit/conversation.json", '"id": 3', '"number": 3', r"conversation.json: record 1: field 'image_id' .* None"),
+    ("svit/conversation.json", '"How is the weather?"', '7', r"content\[0\].value' must be str, found 7"),
     ("svit/conversation.json", '"conversations"', '"talk"', r"record 0 \(image_id 2412112\): field 'conversations'"),
-    ("svit/complex_reasoning.json", '"from": "gpt", "value"', '"from": "gpt", value', r"ing.json: record 0: not val"),
+    ("svit/complex_reasoning.json", '"from": "gpt", "value"', '"from": "gpt", value', r"ing.json: record 0: not valid"),
     ("svit/referring_qa.json", "]}]}]", "]}]}", r"referring_qa.json: record 1: .*ends inside the list"),
-    ("svit/detail_description.json", "[", '[4, ', r"detail_description.json: record 0: expected an object, found int"),
+    ("svit/detail_description.json", "[", '[4, ', r"detail_description.json: record 0: it must be dict, found 4"),
 ])
 def test_malformed_svit_record_gives_one_clear_error(tmp_path, file, old, new, message):
     copy = edited(tmp_path, file, old, new)
@@ -239,9 +240,9 @@ def test_malformed_svit_record_gives_one_clear_error(tmp_path, file, old, new, m
 @pytest.mark.parametrize("file, old, new, message", [
     ("vg/image_data.json", '"width": 100', '"width": "100"', r"image_data.json: record 0 .*2412112.: field 'width'"),
     ("vg/image_data.json", '"width": 100', '"width": 0', r"record 0 .*must be positive"),
-    ("vg/objects.json", '"names": ["guy"]', '"names": "guy"', r"objects.json: record 0 .*objects\[1\]: field 'names'"),
-    ("vg/objects.json", '"y": 40, ', "", r"objects\[2\]: field 'y' must be int or float, found nothing"),
-    ("vg/objects.json", '["sand"]', "[4]", r"objects\[2\]: field 'names' must hold strings"),
+    ("vg/objects.json", '"names": ["guy"]', '"names": "guy"', r"objects.json: .*'objects\[1\].names' must be list"),
+    ("vg/objects.json", '"y": 40, ', "", r"field 'objects\[2\].y' must be int or float, found None"),
+    ("vg/objects.json", '["sand"]', "[4]", r"field 'objects\[2\].names\[0\]' must be str, found 4"),
 ])
 def test_malformed_visual_genome_record_gives_one_clear_error(tmp_path, file, old, new, message):
     copy = edited(tmp_path, file, old, new)
@@ -250,56 +251,67 @@ def test_malformed_visual_genome_record_gives_one_clear_error(tmp_path, file, ol
 
 
 def test_records_are_streamed_across_pieces(tmp_path, monkeypatch):
-    items = [{"image_id": i, "text": "é]},{[" * 9} for i in range(40)]
+    items = [{"number": i, "text": "é]},{[" * 9} for i in range(40)]
     (tmp_path / "list.json").write_text(json.dumps(items, ensure_ascii=False), encoding="utf-8")
     for chunk in (1, 7, 64):
-        monkeypatch.setattr(records, "CHUNK", chunk)
-        assert list(records.records(tmp_path / "list.json")) == list(enumerate(items))
-    for text, message in {"[{} {}]": "expected ,", '{"a": 1}': r"expected \[", "[{},]": "not valid JSON",
-                          "": "ends inside"}.items():
+        monkeypatch.setattr(readers, "CHUNK", chunk)
+        assert [record for _, record in readers.records(tmp_path / "list.json", {})] == items
+    for text, message in {'[{"a": 1}': "ends inside", "": "empty", "[{}, 4]": "must be dict, found 4",
+                          '[{"a": ': "not valid JSON"}.items():
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(ValueError, match=message):
-            list(records.records(tmp_path / "bad.json"))
+            list(readers.records(tmp_path / "bad.json", {}))
     with pytest.raises(FileNotFoundError, match="none.json is missing"):
-        list(records.records(tmp_path / "none.json"))
+        list(readers.records(tmp_path / "none.json", {}))
+
+
+def test_memory_holds_a_piece_of_a_long_list(tmp_path):
+    """A list of 40 MB, packed, is read within 8 MB."""
+    with gzip.open(tmp_path / "list.json.gz", "wt", compresslevel=1) as file:
+        file.write("[" + ",".join(json.dumps({"number": i, "text": "word " * 800}) for i in range(10_000)) + "]")
+    tracemalloc.start()
+    assert sum(1 for _ in readers.records(tmp_path / "list.json", {"text": str})) == 10_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8e6
 
 
 def test_pope_reader(tmp_path):
     file = FIXTURES / "pope" / "coco_pope_adversarial.json"
-    with pytest.raises(FileNotFoundError, match="line 1: picture .*310196.jpg is missing"):
-        datasets.pope(file, tmp_path)
+    with pytest.raises(FileNotFoundError, match="record 0: picture .*310196.jpg is missing"):
+        samples.pope(file, tmp_path)
     (tmp_path / "COCO_val2014_000000310196.jpg").touch()
-    table = datasets.pope(file, tmp_path)
+    table = samples.pope(file, tmp_path)
     assert table["label"].tolist() == ["yes", "no"] and table["target"].tolist() == ["snowboard", "dining table"]
     assert set(table["kind"]) == {"adversarial"} and table["sample"].is_unique and table["image_id"].nunique() == 1
     bad = tmp_path / "coco_pope_random.json"
     bad.write_text(file.read_text().replace('"no"', '"maybe"'))
-    with pytest.raises(ValueError, match="line 2: field 'label' must be yes or no"):
-        datasets.pope(bad, tmp_path)
+    with pytest.raises(ValueError, match="record 1: field 'label' must be yes or no"):
+        samples.pope(bad, tmp_path)
     with pytest.raises(ValueError, match="must hold random, popular"):
-        datasets.pope(tmp_path / "other.json", tmp_path)
+        samples.pope(tmp_path / "other.json", tmp_path)
 
 
 def test_folder_of_own_pictures(tmp_path, table):
     for name in ("b.png", "a.jpg"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
     with pytest.raises(ValueError, match="give a question"):
-        datasets.folder(tmp_path)
-    plain = datasets.folder(tmp_path, "What is this?")
+        samples.folder(tmp_path)
+    plain = samples.folder(tmp_path, "What is this?")
     assert [Path(p).name for p in plain["image"]] == ["a.jpg", "b.png"]
     assert set(plain["question"]) == {"What is this?"}
     csv = 'image,question,label,context\na.jpg,Is it red?,Yes,"Long, ago."\nb.png,Why?,,\n'
     (tmp_path / "questions.csv").write_text(csv)
-    own = datasets.folder(tmp_path)
+    own = samples.folder(tmp_path)
     assert own["label"].tolist() [:1] == ["yes"] and own["label"].isna().tolist() == [False, True]
     assert own["group"].tolist() == ["own", "0"]
     assert own["context"].tolist() == ["Long, ago.", ""] and set(own.columns) == set(table.columns)
     (tmp_path / "questions.csv").write_text("image,question\nc.png,Why?\n")
-    with pytest.raises(FileNotFoundError, match="questions.csv: row 1: picture .*c.png is missing"):
-        datasets.folder(tmp_path)
+    with pytest.raises(FileNotFoundError, match="questions.csv: row 0: picture .*c.png is missing"):
+        samples.folder(tmp_path)
     (tmp_path / "questions.csv").write_text("picture,question\nc.png,Why?\n")
-    with pytest.raises(ValueError, match="column 'image' is missing"):
-        datasets.folder(tmp_path)
+    with pytest.raises(ValueError, match="column 'image' must be there once"):
+        samples.folder(tmp_path)
 
 
 # ---------------------------------------------------------------- the builder
@@ -307,7 +319,7 @@ def test_folder_of_own_pictures(tmp_path, table):
 def test_table_has_the_columns_and_cells_of_the_contract(table):
     assert list(table.columns) == ["sample", "image_id", "image", "group", "length", "context", "question", "label",
                                    "target", "kind", "size", "n_context_tokens", "relevance", "n_objects"]
-    assert table.groupby("length").size().to_dict() == dict.fromkeys(datasets.LENGTHS, 54)
+    assert table.groupby("length").size().to_dict() == dict.fromkeys(LENGTHS, 54)
     assert table.drop_duplicates("length")["group"].tolist() == ["0", "0.5k", "1k", "1.5k", "2k", "2.5k"]
     assert (table.loc[table["length"] == 0, "context"] == "").all()
     assert all(Path(image).is_file() for image in table["image"])
@@ -316,7 +328,7 @@ def test_table_has_the_columns_and_cells_of_the_contract(table):
 
 def test_the_same_questions_at_every_length(table):
     for _, part in table.groupby("sample"):
-        assert len(part) == len(datasets.LENGTHS)
+        assert len(part) == len(LENGTHS)
         assert part[["question", "label", "kind", "image"]].nunique().eq(1).all()
 
 
@@ -369,15 +381,15 @@ def test_no_context_ends_with_an_unanswered_question(table):
 
 
 def test_the_table_depends_on_the_seed_only(root, tokenizer, table):
-    again = datasets.load(root, tokenizer, samples=54, seed=3)
+    again = samples.load(root, tokenizer, samples=54, seed=3)
     pd.testing.assert_frame_equal(table, again)
-    other = datasets.load(root, tokenizer, samples=54, seed=4)
+    other = samples.load(root, tokenizer, samples=54, seed=4)
     assert other["question"].tolist() != table["question"].tolist()
 
 
 def test_the_table_is_the_same_in_another_process_with_another_hash_seed(root, table):
-    code = ("import sys; sys.path.insert(0, 'tests'); import test_datasets as t, hashlib, pandas as pd;"
-            f"d = t.datasets.load({str(root)!r}, t.make_tokenizer(), samples=54, seed=3);"
+    code = ("import sys; sys.path.insert(0, 'tests'); import test_samples as t, hashlib, pandas as pd;"
+            f"d = t.samples.load({str(root)!r}, t.make_tokenizer(), samples=54, seed=3);"
             "print(hashlib.sha256(d.drop(columns='relevance').to_csv().encode()).hexdigest())")
     here = Path(__file__).parents[1]
     digests = {subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=True,
@@ -387,29 +399,31 @@ def test_the_table_is_the_same_in_another_process_with_another_hash_seed(root, t
 
 
 def test_filler_only_asks_the_same_with_filler_of_the_same_length(root, tokenizer, table):
-    filler = datasets.load(root, tokenizer, samples=54, seed=3, context="filler")
+    filler = samples.load(root, tokenizer, samples=54, seed=3, context="filler")
     same = ["sample", "image", "length", "question", "label", "kind"]
     pd.testing.assert_frame_equal(filler[same], table[same])
     assert {span["about"] for spans in filler["relevance"] for span in spans} == {"filler"}
-    assert datasets.audit(filler, datasets.lexicon(NAMES, world=WORLD)).empty
-    words = datasets.lexicon(NAMES, world=WORLD)
+    assert samples.audit(filler, samples.lexicon(NAMES, {"dog": ["hound"]})).empty
+    words = samples.lexicon(NAMES, {"dog": ["hound"]})
     for _, part in filler.groupby("image_id"):
         texts = part.drop_duplicates("length").sort_values("length")
         assert all(b.startswith(a) for a, b in zip(texts["context"], texts["context"][1:]))
         assert (texts["n_context_tokens"] - texts["length"]).abs().le(0.03 * texts["length"]).all()
         assert not words.find(texts["context"].iloc[-1])
+    (root / "labels.json").rename(root / "put_aside.json")
     with pytest.raises(ValueError, match="need labels.json"):
-        datasets.filler_only(table, root / "svit", root / "vg", tokenizer, labels=None)
+        samples.load(root, tokenizer, samples=54, context="filler")
+    (root / "put_aside.json").rename(root / "labels.json")
 
 
 def test_without_a_world_negatives_follow_the_data(root, tokenizer):
-    table = datasets.long_context(root / "svit", root / "vg", tokenizer, lengths=(0, 200), pictures=6, seed=1)
+    table = samples.long_context(root / "svit", root / "vg", tokenizer, lengths=(0, 200), pictures=6, seed=1)
     texts, pictures = readers.svit(root / "svit"), readers.visual_genome(root / "vg")
     assert table["relevance"].isna().all()
     for row in table[table["label"] == "no"].itertuples():
         assert row.target not in pictures[row.image_id].objects
         told = " ".join(" ".join(unit) for dialogue in texts[row.image_id] for unit in dialogue)
-        assert not datasets.mentions(told, [row.target])  # annotations may be incomplete: text counts as evidence
+        assert not samples.mentions(told, [row.target])  # annotations may be incomplete: text counts as evidence
     seen = Counter(name for picture in pictures.values() for name in picture.objects)
     popular = table[table["kind"] == "popular"]["target"].map(seen).mean()
     assert popular >= table[table["kind"] == "random"]["target"].map(seen).mean()
@@ -423,30 +437,30 @@ def test_pictures_without_text_or_file_are_skipped_and_counted(tmp_path, tokeniz
     del talks[3]["conversations"][1:]
     file.write_text(json.dumps(talks))
     with pytest.warns(UserWarning, match="4 of 6 pictures"):
-        table = datasets.load(root, tokenizer, samples=36, lengths=(0, 2000))
+        table = samples.load(root, tokenizer, samples=36, lengths=(0, 2000))
     assert table.attrs["dropped"] == {"pictures without a file": 1,
                                       "pictures without enough text that mentions no asked object": 1}
     assert set(table["image_id"]) == {"100", "102", "104", "105"}
     with pytest.raises(ValueError, match="no picture .* 90000 tokens; dropped"):
-        datasets.load(root, tokenizer, samples=36, lengths=(90000,))
+        samples.load(root, tokenizer, samples=36, lengths=(90000,))
 
 
 def test_bad_arguments(root, tokenizer):
     with pytest.raises(FileNotFoundError, match="no data set 'nowhere'"):
-        datasets.load("nowhere", tokenizer)
+        samples.load("nowhere", tokenizer)
     with pytest.raises(ValueError, match="multiple of questions"):
-        datasets.load(root, tokenizer, samples=20)
+        samples.load(root, tokenizer, samples=20)
     with pytest.raises(ValueError, match="'full' or 'filler'"):
-        datasets.load(root, tokenizer, context="half")
+        samples.load(root, tokenizer, context="half")
     with pytest.raises(ValueError, match="questions must be even"):
-        datasets.long_context(root / "svit", root / "vg", tokenizer, questions=3)
+        samples.long_context(root / "svit", root / "vg", tokenizer, questions=3)
 
 
 def test_a_sentence_without_a_label_is_an_error(tmp_path, tokenizer):
     root = synthetic(tmp_path / "toy", pictures=3)
     (root / "labels.json").write_text("{}")
     with pytest.raises(ValueError, match="labels.json: image_id .* no label for the sentence"):
-        datasets.load(root, tokenizer, samples=6)
+        samples.load(root, tokenizer, samples=6)
 
 
 def count_words(texts):
@@ -455,22 +469,21 @@ def count_words(texts):
 
 def test_a_table_is_made_anew_when_a_file_changed_and_never_shared(tmp_path, tokenizer):
     root = synthetic(tmp_path / "toy", pictures=3)
-    first = datasets.load(root, tokenizer, samples=6)
+    first = samples.load(root, tokenizer, samples=6)
     first["question"] = "changed"
-    assert (datasets.load(root, tokenizer, samples=6)["question"] != "changed").all()
+    assert (samples.load(root, tokenizer, samples=6)["question"] != "changed").all()
     aliases = root / "vg" / "image_data.json"
     aliases.write_text(aliases.read_text().replace('"width"', '"breadth"'))
     with pytest.raises(ValueError, match="width"):
-        datasets.load(root, tokenizer, samples=6)
+        samples.load(root, tokenizer, samples=6)
 
 
 def test_a_kept_table_is_read_back_as_it_was(tmp_path, tokenizer, monkeypatch):
     root = synthetic(tmp_path / "toy", pictures=3)
-    made = datasets.load(root, tokenizer, samples=6, cache=tmp_path)
-    monkeypatch.setattr(datasets, "_built", {})  # as in another process
-    monkeypatch.setattr(datasets, "long_context", lambda *args, **options: pytest.fail("made again"))
+    made = samples.load(root, tokenizer, samples=6, cache=tmp_path)
+    monkeypatch.setattr(samples, "long_context", lambda *args, **options: pytest.fail("made again"))
     tokenizer(["a b c"], truncation=True, max_length=2)  # leaves its settings in the tokenizer
-    read = datasets.load(root, tokenizer, samples=6, cache=tmp_path)
+    read = samples.load(root, tokenizer, samples=6, cache=tmp_path)
     pd.testing.assert_frame_equal(read, made)
     assert read.attrs == made.attrs and read["relevance"].tolist() == made["relevance"].tolist()
 
