@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := figures
 
 figures: $(STAMP)  ## run every notebook in order; figures go to figures/<model>/
-	$(BIN)/python notebooks/run.py $(if $(MODEL),--model "$(MODEL)") $(if $(SAMPLES),--samples $(SAMPLES))
+	$(BIN)/python -m lvlm_utils.notebooks $(if $(MODEL),--model "$(MODEL)") $(if $(SAMPLES),--samples $(SAMPLES))
 
 test: $(STAMP)  ## run the tests on both cores
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(PYTEST_ARGS)

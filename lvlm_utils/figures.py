@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 
-ROOT = Path(__file__).resolve().parents[1]
+from lvlm_utils import ROOT
+
 # A line is told apart by colour, marker and dash: any one of them is enough.
 PALETTE = sns.color_palette("colorblind", 8)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -72,13 +73,27 @@ def lines_with_intervals(table: pd.DataFrame, x: str, y: str, low: str = "low", 
 
 
 def show(*images: Image.Image | str | Path | np.ndarray, titles: Sequence[str] = (), height: float = 2.6) -> Figure:
-    """Pictures side by side, without axes; each a PIL image, a path or an array (rows, columns[, 3])."""
+    """Pictures side by side, without axes, as a person sees them: upright, and white where they are transparent.
+
+    Each is a PIL image, a path or an array (rows, columns[, 3]); a two-dimensional array of floats is drawn from its
+    lowest value, black, to its highest, white.
+    """
     figure, axes = plt.subplots(1, len(images), figsize=(height * len(images), height), squeeze=False)
     for ax, image, title in zip(axes[0], images, [*titles, *[""] * len(images)]):
         if isinstance(image, str | Path):
             with Image.open(image) as opened:
-                image = np.asarray(opened.convert("RGB"))
-        ax.imshow(image, cmap="gray" if np.ndim(image) == 2 else None)
+                image = _colours(opened)
+        image = _colours(image) if isinstance(image, Image.Image) else np.asarray(image)
+        full = {"uint8": 255, "bool": 1}.get(image.dtype.name)
+        ax.imshow(image, cmap="gray", vmin=None if full is None else 0, vmax=full)
         ax.set_title(title, fontsize="small")
         ax.axis("off")
     return figure
+
+
+def _colours(picture: Image.Image) -> np.ndarray:
+    """(rows, columns, 3 or 4), bytes; sixteen bits are drawn as eight."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I;16"):
+        picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+    return np.asarray(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))

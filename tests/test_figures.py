@@ -97,3 +97,40 @@ def test_show_takes_pictures_paths_and_arrays(tmp_path):
     assert [ax.get_title() for ax in figure.axes] == ["a", "b", ""]
     assert figure.axes[1].images[0].get_array().shape == (4, 8, 3)
     plt.close(figure)
+
+
+def drawn(image) -> list[int]:
+    """Red, green and blue in the middle of what `show` draws."""
+    figure = figures.show(image)
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())
+    plt.close(figure)
+    return pixels[pixels.shape[0] // 2, pixels.shape[1] // 2, :3].tolist()
+
+
+@pytest.mark.parametrize("image", [
+    Image.new("L", (4, 4), 255), Image.new("1", (4, 4), 1), Image.new("RGBA", (4, 4), (255, 0, 0, 0)),
+    Image.new("L", (4, 4), 255).convert("P"), Image.fromarray(np.full((4, 4), 65535, np.uint16)),
+    np.full((4, 4), 255, np.uint8), np.ones((4, 4), bool),
+], ids=["grey", "bits", "transparent", "palette", "16 bits", "array of bytes", "mask"])  # fmt: skip
+@pytest.mark.parametrize("opened", [True, False])
+def test_white_is_shown_white(image, opened, tmp_path):
+    figures.style()
+    if not opened and isinstance(image, Image.Image):
+        image.save(tmp_path / "white.png")
+        image = tmp_path / "white.png"
+    assert drawn(image) == [255] * 3
+
+
+def test_a_grey_is_shown_as_that_grey():
+    assert drawn(Image.new("L", (4, 4), 51)) == drawn(Image.fromarray(np.full((4, 4), 51 * 257, np.uint16))) == [51] * 3
+
+
+def test_a_photograph_is_shown_upright(tmp_path):
+    photograph = Image.new("RGB", (8, 4))
+    exif = photograph.getexif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    photograph.save(tmp_path / "photograph.jpg", exif=exif)
+    figure = figures.show(tmp_path / "photograph.jpg")
+    assert figure.axes[0].images[0].get_array().shape == (8, 4, 3)
+    plt.close(figure)
