@@ -78,7 +78,7 @@ class Towers:
         self.hooks = ExitStack()
         family = family_of(session.model)
         for name, tower in towers_of(session.model).items():
-            if whole or name != "high_res":  # DeepSeek-VL's second tower for the same tokens
+            if whole or name not in family.unwatched:
                 _Tower(self, name, tower, sees)
         if not whole:
             self.hooks.callback(session.hook(session.model.get_submodule(family.projector), self._features))

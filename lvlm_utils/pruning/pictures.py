@@ -15,9 +15,6 @@ from lvlm_utils.families import family_of, visual_ids
 if TYPE_CHECKING:
     from lvlm_utils.pruning.engine import Tokens
 
-SQUARE = ("llava", "vipllava", "deepseek_vl", "deepseek_vl_hybrid")  # one square of tokens for each picture
-
-
 @dataclass
 class View:
     """One picture, tile or frame of one prompt."""
@@ -221,7 +218,7 @@ def _places(tokens: "Tokens") -> Tensor:
     if groups is not None:
         return torch.stack([groups.image, groups.tile, groups.row, groups.column])
     visual = prefill.visual
-    if visual is None or prefill.model.config.model_type not in SQUARE:
+    if visual is None or not family_of(prefill.model).square:
         raise ValueError("Which visual tokens are one picture is not known here: ask with lv.generate.")
     visual = visual.cpu()
     sizes = {picture.size for picture in tokens.towers.pictures} if tokens.towers is not None else set()
