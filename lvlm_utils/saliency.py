@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from lvlm_utils.attention.intercept import Call, intercept
 from lvlm_utils.attention.streaming import pair_sums
 from lvlm_utils.attention.visibility import Views
-from lvlm_utils.models import LVLM
+from lvlm_utils.models import LVLM, evaluating
 from lvlm_utils.prompts import Prompt
 from lvlm_utils.pruning.engine import Stage, stage_of
 from lvlm_utils.session import plain_arithmetic, session_of, told
@@ -112,7 +112,7 @@ def information_flow(
         raise ValueError("Inside lv.prune the target is one token, predicted by the last token of the prompt.")
     _check_checkpointing(model)
     recorder = _Recorder(model, layers, absolute)
-    with torch.inference_mode(False), torch.enable_grad(), _frozen(model), told(model, prompt.groups):
+    with torch.inference_mode(False), torch.enable_grad(), _frozen(model), evaluating(model), told(model, prompt.groups):
         with intercept(recorder.see, *layers):
             logits = model(**inputs, use_cache=False, logits_to_keep=columns - first).logits
         last = stage_of(model, len(layers) - 1)

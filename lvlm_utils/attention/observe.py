@@ -15,10 +15,9 @@ from lvlm_utils.attention.visibility import Views
 from lvlm_utils.families import decoder_of, visual_ids
 from lvlm_utils.models import LVLM, bare
 from lvlm_utils.session import Session, is_prompt, joined
-from lvlm_utils.token_groups import TokenGroups
+from lvlm_utils.token_groups import PARTITION, TokenGroups
 
 STATISTICS = ("received", "last", "groups", "entropy", "variance", "received_from", "equi", "hidden")
-PARTITION = ("system", "visual", "context", "question")  # of TokenGroups: every real token is in exactly one
 BY_GROUP = {"groups", "received_from"}
 Groups = TokenGroups | Mapping[str, Tensor]
 
