@@ -189,7 +189,8 @@ def test_svit_reader_on_the_real_format():
 
 
 @pytest.mark.parametrize("box", ["[]", "[0.1, 0.2]", "[0.5, 0.1, 0.4, 0.2]", "[0.1, 0.1, 1.4, 0.2]", "[a, b, c, d]",
-                                 "[0.1, 0.2, 0.3, 0.4, 0.5]", "[-0.1, 0, 1, 1]", "[1_0, 0, 1, 1]", "", "[0.1, 0.2, 0.3, 0.4", "[nan, 0, 1, 1]"])
+                                 "[0.1, 0.2, 0.3, 0.4, 0.5]", "[-0.1, 0, 1, 1]", "[1_0, 0, 1, 1]",
+                                 "", "[0.1, 0.2, 0.3, 0.4", "[nan, 0, 1, 1]"])
 def test_malformed_boxes_are_recognised(box):
     assert readers.plain_boxes(f"A <st>man<ed> {box} stands.") is None
 
