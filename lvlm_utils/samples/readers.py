@@ -35,6 +35,7 @@ COLUMNS = ("sample", "image_id", "image", "group", "length", "context", "questio
 KINDS = ("conversation", "complex_reasoning", "detail_description", "referring_qa")
 SPEAKERS = {"user": 0, "human": 0, "gpt": 1, "assistant": 1}
 TAGGED = re.compile(r"<st>(.*?)<ed>((?:\s*,?\s*\[[^\[\]]*\])+)")  # <st>man<ed> [x1, y1, x2, y2], [..]
+SHARE = re.compile(r"\d+\.?\d*|\.\d+")
 REFUSAL = re.compile(r"message is empty|message appears to be empty", re.IGNORECASE)
 SENTENCE_END = re.compile(r"(?<=[.?!])\s+")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -115,7 +116,7 @@ def _object(pairs):
         raise json.JSONDecodeError(f"a field appears twice among {[name for name, _ in pairs]}", "", 0)
     record |= {new: record[old] for old, new in OLDER.items() if old in record and new not in record}
     return record | {name: re.sub(r"^(\d+)\.0+$", r"\1", str(record[name]).strip())
-                     for name in ("image_id", "question_id") if isinstance(record.get(name), (str, *NUMBER))}
+                     for name in ("image_id", "question_id") if type(record.get(name)) in (str, *NUMBER)}
 
 
 def _check(value, shape, where, name=""):
@@ -191,13 +192,10 @@ def _plain_box(tagged):
     boxes = []
     for numbers in (inner.split(",") for inner in re.findall(r"\[([^\[\]]*)\]", tagged[2])):
         for four in ([n.strip() for n in numbers[i:i + 4]] for i in range(0, len(numbers), 4)):
-            try:
-                x1, y1, x2, y2 = map(float, four)
-            except ValueError:
+            x1, y1, x2, y2 = [float(n) for n in four] if all(map(SHARE.fullmatch, four)) and len(four) == 4 else [0] * 4
+            if not (x1 < x2 <= 1 and y1 < y2 <= 1):
                 return tagged[0]
-            if not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):
-                return tagged[0]
-            boxes.append(", ".join(f"{float(n):.2f}" if re.fullmatch(r"\d*\.\d{3,}", n) else n for n in four))
+            boxes.append(", ".join(f"{float(n):.2f}" if len(n.partition(".")[2]) > 2 else n for n in four))
     return f"{tagged[1].strip()} {', '.join(f'[{box}]' for box in boxes)}"
 
 
