@@ -10,8 +10,26 @@ from families import build, inputs
 from recomputation import greedy
 from torch.nn.functional import normalize
 
+from lvlm_utils.methods import (
+    CDPruner,
+    DivPrune,
+    FasterVLM,
+    FastV,
+    FoPru,
+    PyramidDrop,
+    SparseVLM,
+    VisPruner,
+    cdpruner,
+    divprune,
+    fastervlm,
+    fastv,
+    fopru,
+    prune,
+    pyramiddrop,
+    sparsevlm,
+    vispruner,
+)
 from lvlm_utils.parts import decoder_of
-from lvlm_utils.pruning import cdpruner, divprune, fastervlm, fastv, fopru, prune, pyramiddrop, sparsevlm, vispruner
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -155,21 +173,19 @@ def test_pyramiddrop_groups_key_heads():
     assert torch.equal(pyramiddrop.select(query, keys, 5), pyramiddrop.select(query, repeated, 5))
 
 
-PLANS = {
-    "vispruner": (vispruner.plan, {"keep": 5}), "fastervlm": (fastervlm.plan, {"keep": 5}),
-    "divprune": (divprune.plan, {"keep": 0.3}), "cdpruner": (cdpruner.plan, {"keep": 5}),
-    "fopru": (fopru.plan, {"keep": 0.3}), "row": (fopru.plan, {"keep": 0.5, "strategy": "row"}),
-    "order": (fopru.plan, {"keep": 0.3, "reorder": False}), "pool": (fopru.plan, {"significance": "pool"}),
-    "fastv": (fastv.plan, {"keep": 0.3}), "equi": (fastv.plan, {"keep": 0.3, "attention": "equi"}),
-    "sparsevlm": (sparsevlm.plan, {"keep": 0.3}), "pyramiddrop": (pyramiddrop.plan, {"keep": 0.2}),
+IN_A_MODEL = {
+    "vispruner": VisPruner(keep=5), "fastervlm": FasterVLM(keep=5), "divprune": DivPrune(keep=0.3),
+    "cdpruner": CDPruner(keep=5), "fopru": FoPru(keep=0.3), "row": FoPru(keep=0.5, strategy="row"),
+    "order": FoPru(keep=0.3, reorder=False), "pool": FoPru(significance="pool"), "fastv": FastV(keep=0.3),
+    "equi": FastV(keep=0.3, attention="equi"), "sparsevlm": SparseVLM(keep=0.3), "pyramiddrop": PyramidDrop(keep=0.2),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", IN_A_MODEL)
 def test_in_a_model_rows_of_a_batch_do_not_touch_each_other(name):
     model = build("llava")
-    batch, (make, options) = inputs(model), PLANS[name]
-    with prune(model, make(model, **options)) as trace:
+    batch = inputs(model)
+    with prune(model, IN_A_MODEL[name]) as trace:
         together, kept = greedy(model, batch, steps=3), trace.kept
         for row, real in enumerate(batch["attention_mask"].bool()):
             one = {k: v[row : row + 1] for k, v in batch.items()}
@@ -188,7 +204,7 @@ def test_pyramiddrop_ranks_by_the_next_layers_attention(family):
     with torch.no_grad():
         attention = model(**batch, output_attentions=True).attentions
     model.set_attn_implementation("sdpa")
-    with prune(model, pyramiddrop.plan(model, 3, layers=(2,), positions="original")) as trace, torch.no_grad():
+    with prune(model, PyramidDrop(3, layers=(2,), positions="original")) as trace, torch.no_grad():
         model(**batch)
     score = attention[2][:, :, -1].mean(1).masked_fill(~trace.prefill.visual, -1)
     wanted = torch.zeros_like(trace.prefill.visual).scatter(1, score.topk(3).indices, True)
@@ -205,7 +221,7 @@ def test_sparsevlm_ranks_by_its_raters():
         attention = model(**batch, output_attentions=True).attentions
         calls, decoder = [], decoder_of(model)
         hook = decoder.register_forward_pre_hook(partial(_keep, calls), with_kwargs=True)
-        with prune(model, sparsevlm.plan(model, 0.3, layers=(0, 1, 2))) as trace:
+        with prune(model, SparseVLM(0.3, layers=(0, 1, 2))) as trace:
             model(**batch)
         hook.remove()
     visual, real = trace.prefill.visual, batch["attention_mask"].bool()
@@ -215,7 +231,7 @@ def test_sparsevlm_ranks_by_its_raters():
         rates = sparsevlm.raters(hidden[None, visual[row]], hidden[None, text])
         rows = attention[0][row : row + 1, :, text][..., visual[row]]
         had = int(visual[row].sum())
-        number = int(sparsevlm._budget(0.3, torch.tensor([had]))[0, 0])
+        number = int(sparsevlm.budget(0.3, torch.tensor([had]))[0, 0])
         stay = indices(sparsevlm.select(rows, rates, number))
         left = trace.kept[1, row, visual[row]]
         assert left[stay].all() and real[row, text].all()
@@ -229,19 +245,24 @@ def _keep(calls, module, args, kwargs):
 
 @pytest.mark.parametrize("share, wanted", [(192, [300, 200, 110]), (128, [303, 110, 36]), (64, [66, 30, 17])])
 def test_sparsevlm_has_the_official_numbers(share, wanted):
-    assert sparsevlm._budget(share, torch.tensor([576]))[0].tolist() == wanted
-    assert sparsevlm._budget(share * 5, torch.tensor([2880]))[0].tolist() == [5 * n for n in wanted]
+    assert sparsevlm.budget(share, torch.tensor([576]))[0].tolist() == wanted
+    assert sparsevlm.budget(share * 5, torch.tensor([2880]))[0].tolist() == [5 * n for n in wanted]
 
 
 def test_refusals():
     model = build("llava")
-    for make, options, says in (
-        (fopru.plan, {"strategy": "column"}, "strategy='column'"),
-        (fopru.plan, {"significance": "max"}, "significance='max'"),
-        (fastv.plan, {"attention": "first"}, "attention='first'"),
-        (sparsevlm.plan, {"layers": (1, 2)}, "three that rise"),
-        (pyramiddrop.plan, {"layers": (2, 1)}, "have to rise"),
-        (vispruner.plan, {"keep": 0}, "keep=0"),
+    for method, says in (
+        (FoPru(strategy="column"), "strategy='column' is not one of rank, row"),
+        (FoPru(significance="max"), "significance='max' is not one of auto, low, given, received, sum, pool"),
+        (FastV(attention="first"), "attention='first' is not one of last, equi"),
+        (FastV(layer=0), "at least 1"),
+        (CDPruner(relevance="answer"), "relevance='answer' is not one of question"),
+        (CDPruner(relevance=lambda pictures: torch.ones(1, 2)), r"relevance is \(1, 2\), the pictures are"),
+        (SparseVLM(layers=(1, 2)), "three that rise"),
+        (PyramidDrop(layers=(2, 1)), "have to rise"),
+        (VisPruner(keep=0), "keep=0"),
+        (VisPruner(important=2), "important=2"),
+        (DivPrune(positions="anew"), "positions='anew' is not one of original, contiguous"),
     ):
-        with pytest.raises(ValueError, match=says):
-            make(model, **options)
+        with pytest.raises(ValueError, match=says), prune(model, method), torch.no_grad():
+            model(**inputs(model))

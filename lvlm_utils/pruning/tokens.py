@@ -1,10 +1,11 @@
 """What pruning talks about: the plan of a method, the tokens it chooses from, and the trace of what was kept."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, Self
 from weakref import ref
 
 import torch
@@ -12,11 +13,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
+from lvlm_utils.pruning.keep import PRIME, mixed, top
 from lvlm_utils.pruning.pictures import Pictures, look
 
 if TYPE_CHECKING:
+    from lvlm_utils.models import LVLM
     from lvlm_utils.pruning.vision import Sight
     from lvlm_utils.token_groups import TokenGroups
+
+Positions = Literal["original", "contiguous"]  # of the tokens that stay
+Group = Literal["system", "context", "question"]  # the groups of text that a method may be told to protect
+Chosen = Tensor | tuple[Tensor, Tensor]  # which tokens go on, bool; or that and their new hidden states
 
 
 @dataclass
@@ -121,15 +128,63 @@ class Tokens:
         whole = whole.to(self.place.device).repeat_interleave(len(self.place) // len(whole), 0)
         return whole.gather(1, self.place)
 
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.prefill.model
+
+    @property
+    def notes(self) -> dict:
+        """What methods want to remember of this prompt from one layer to a later one."""
+        return self.prefill.notes
+
     @cached_property
     def pictures(self) -> "list[Pictures]":
         """The pictures, tiles and frames, those of equal size together. ValueError where there are none."""
         return look(self)
 
-    def chosen(self) -> Tensor | tuple[Tensor, Tensor]:
-        """What `choose` returns, from what the `pictures` were told to keep: all other tokens stay."""
+    @property
+    def whole(self) -> "Tokens":
+        """The same prompt as it was before anything was dropped: its slots are the columns. (`hidden` is not.)"""
+        stage, device = self.prefill.stages[0], self.place.device
+        return replace(self, place=stage.place.to(device), alive=stage.alive.to(device))
+
+    @property
+    def at_start(self) -> Tensor:
+        """Visual tokens (batch,) that went into layer 0: what shares in deeper layers are shares of."""
+        prefill = self.prefill
+        if not prefill.at:
+            return self.visual.sum(1)
+        stage, visual = prefill.stages[prefill.at[0]], prefill.visual.to(self.place.device)
+        return (visual.gather(1, stage.place.to(visual.device)) & stage.alive.to(visual.device)).sum(1)
+
+    def attention(self, statistic: str | Callable[["Tokens"], Tensor], layer: int | None = None) -> Tensor:
+        """A statistic that the method `needs` of a layer before this one (by default the latest that has it): float32
+        (batch, heads, slots)."""
+        if layer is None:
+            layer = max((at for at, name in self.prefill.statistics if name == statistic), default=None)
+        if (layer, statistic) not in self.prefill.statistics:
+            name = getattr(statistic, "__name__", statistic)
+            raise ValueError(f"{name!r} of layer {layer} was not measured: name it in the method's `needs`.")
+        whole = self.prefill.statistics[layer, statistic].to(self.place.device)
+        return whole.gather(2, self.place[:, None].expand(-1, whole.shape[1], -1))
+
+    def only_visual(self, score: Tensor) -> Tensor:
+        """A score (batch, slots) or (batch, heads, slots) with -inf where no visual token is: no candidate in `top`."""
+        visual = self.visual if score.dim() == 2 else self.visual[:, None]
+        return score.masked_fill(~visual, -torch.inf)
+
+    def best(self, score: Tensor, keep: float | int) -> Tensor:
+        """All text, and of every prompt's visual tokens the `keep` with the highest score (batch, slots)."""
+        score = score.float().clamp(min=torch.finfo(torch.float32).min)  # a visual token stays a candidate at -inf
+        return ~self.visual | top(self.only_visual(score), keep)
+
+    def by_picture(self, choice: Callable[[Pictures], Chosen]) -> Chosen:
+        """All text, and what `choice` keeps of the `pictures`: for those of equal size, bool (P, V), or that and their
+        new hidden states (P, V, D). Visual tokens that are no patch go."""
         stay, hidden = self.alive & ~self.visual, self.hidden
         for pictures in self.pictures:
+            found = choice(pictures)
+            pictures.keep(*(found if isinstance(found, tuple) else (found,)))
             at = pictures.rows[:, None], pictures.slots
             stay = stay.index_put(at, pictures.kept)
             if pictures.merged is not None:
@@ -137,38 +192,37 @@ class Tokens:
                 hidden = hidden.index_put(at, new.where(pictures.kept[..., None], hidden[at]))
         return stay if hidden is self.hidden else (stay, hidden)
 
-    def best(self, score: Tensor, keep: float | int) -> Tensor:
-        """All text, and of every prompt's visual tokens the `keep` with the highest score (batch, slots)."""
-        from lvlm_utils.pruning.ranking import numbers, ranks
+    def droppable(self, protect: Collection[Group] = ("system", "question")) -> Tensor:
+        """Text that may go, bool (batch, slots): nothing visual, not the last token, none of the groups in `protect`.
 
-        visual = self.visual
-        return ~visual | (ranks(score, visual) < numbers(keep, visual.sum(1))[:, None])
+        ValueError where these are not known.
+        """
+        text = self.alive & ~self.visual & ~self.last
+        if protect and self.groups is None:
+            raise ValueError(
+                f"Which tokens are {' and '.join(protect)} is not known here: ask with lv.forward or lv.generate, or "
+                "give protect=()."
+            )
+        for name in protect:
+            text = text & ~self.here(getattr(self.groups, name))
+        return text
 
-    @property
-    def notes(self) -> dict:
-        """What a method wants to remember of this prompt from one layer to a later one."""
-        return self.prefill.notes
+    def left_to_drop(self, share: float | Tensor, protect: Collection[Group]) -> Tensor:
+        """How many `droppable` tokens (batch,) have to go now, so that `share` of those of the whole prompt is gone."""
+        everything = self.whole.droppable(protect).sum(1)
+        gone = (everything.double() * share).long()
+        return (gone - everything + self.droppable(protect).sum(1)).clamp(min=0)
 
-    @property
-    def model(self) -> PreTrainedModel:
-        return self.prefill.model
+    def noise(self, seed: int) -> Tensor:
+        """One pseudo-random number for every token, float64 (batch, slots), in [0, 1).
 
-    @property
-    def at_start(self) -> Tensor:
-        """Visual tokens (batch,) that went into layer 0: what shares in deeper layers are shares of."""
-        from lvlm_utils.pruning.ranking import at_start
-
-        return at_start(self)
-
-    def attention(self, statistic, layer: int | None = None) -> Tensor:
-        """A statistic that the method `needs` of a layer before this one (by default the latest that has it): float32
-        (batch, heads, slots)."""
-        if layer is None:
-            layer = max((at for at, name in self.prefill.statistics if name == statistic), default=None)
-        if (layer, statistic) not in self.prefill.statistics:
-            raise ValueError(f"{statistic!r} of layer {layer} was not measured: name it in the method's `needs`.")
-        whole = self.prefill.statistics[layer, statistic].to(self.place.device)
-        return whole.gather(2, self.place[:, None].expand(-1, whole.shape[1], -1))
+        It is a hash of `seed`, of all token ids of the prompt and of the token's place among its tokens. So a prompt
+        has the same numbers in every batch, order, padding and on every device, and another question has others.
+        """
+        prompt = self.whole
+        place = prompt.alive.cumsum(1)
+        key = (mixed(mixed(prompt.ids) + place) * prompt.alive).sum(1, keepdim=True)
+        return self.here(mixed(mixed(key + seed % PRIME) + place)).double() / PRIME
 
 
 class Method:
@@ -177,26 +231,41 @@ class Method:
     Write `choose`, and what it needs of the others:
 
     choose(tokens): the tokens that go on, bool (batch, slots); or (that, new hidden states) where it merges.
-    layer: `choose` is called with the tokens that are about to go into this layer. `before` says so for several.
+    layer: `choose` is called with the tokens that are about to go into this layer. `before` says so for several; none
+        where the options mean that nothing goes.
     positions: of the tokens that stay: "original", or "contiguous", numbered anew from 0.
-    needs: layer -> which statistics of its attention `tokens.attention` shall give: names (of STATISTICS), or functions
-        from `Tokens` to queries, bool (batch, slots): the attention received from these.
+    needs: layer -> which statistics of its attention `tokens.attention` shall give: names ("last", "received",
+        "received_mean", "question", "context", "equi"), or functions from `Tokens` to queries, bool (batch, slots):
+        the attention received from these.
     sees: name -> tower layer (counted like a list) of what `tokens.pictures` shall give of the vision tower.
     within: hooks of the method's own, a context manager that is open for as long as the method prunes.
+    fit: a copy with what depends on the model filled in (`filled`); ValueError where the method does not fit it.
+
+    kind: "text", "visual, before the LLM" or "visual, inside the LLM".
+    needs_cls: whether it works only with vision towers that have a [CLS] token.
     uses_question: False where the choice is the same for all questions about one picture and context and drops nothing
         of the question or the template; such questions can then share what is left.
-    fit: a copy with what depends on the model filled in; ValueError where the method does not fit it.
+    official, deviations: the official code that is matched, and where and why it is not.
+
+    Options called `keep` and `drop`, and those whose type is Literal, are checked by lv.prune.
     """
 
-    kind = "visual, inside the LLM"  # or "visual, before the LLM", or "text"
-    official = "none public"  # the official code that is matched
-    deviations = ""  # from it, and why
+    kind = "visual, inside the LLM"
+    official = "none public"
+    deviations = ""
     layer = 0
     positions = "original"
+    needs_cls = False
     uses_question = True
 
-    def fit(self, lvlm) -> "Method":
+    def fit(self, lvlm: "LVLM | PreTrainedModel") -> Self:
         return self
+
+    def filled(self, **values: Any) -> Self:
+        """A copy with these attributes."""
+        made = copy(self)
+        vars(made).update(values)
+        return made
 
     def before(self) -> tuple[int, ...]:
         return (self.layer,)
@@ -210,7 +279,7 @@ class Method:
     def within(self, model: PreTrainedModel) -> AbstractContextManager:
         return nullcontext()
 
-    def choose(self, tokens: "Tokens") -> Tensor | tuple[Tensor, Tensor]:
+    def choose(self, tokens: Tokens) -> Chosen:
         raise NotImplementedError
 
 
