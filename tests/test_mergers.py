@@ -11,7 +11,6 @@ from torch.nn.functional import cosine_similarity, interpolate
 
 import lvlm_utils as lv
 from lvlm_utils import ROOT
-from lvlm_utils.models import EMBEDDED
 from lvlm_utils.methods import (
     Downsample,
     PruMerge,
@@ -24,6 +23,7 @@ from lvlm_utils.methods import (
     tome,
     visionzip,
 )
+from lvlm_utils.models import EMBEDDED
 
 GOLDEN = ROOT / "tests" / "golden"
 QUESTIONS = ["Is the couch in the image? (Please answer with yes or no.)", "What do you see?", "Is the sun there?"]
@@ -226,6 +226,20 @@ def test_downsample_covers_the_picture():
     cells = downsample.cells((24, 12), (7, 5)).view(24, 12)
     assert (cells.diff(dim=1) >= 0).all() and set(cells.flatten().tolist()) == set(range(35))
     assert torch.equal(downsample.cells((3, 4), (3, 4)), torch.arange(12))
+
+
+def test_merging_is_that_of_float32_under_autocast():
+    features, query, keys, hidden, keys_of = randoms((2, 40, 8), (2, 32), (2, 41, 32), (2, 41, 8), (2, 41, 8))
+    attention = randoms((2, 4, 41), seed=1)[0].softmax(-1)
+
+    def merged():
+        zipped = visionzip.reduce(hidden, attention, keys_of, 7, 3)
+        return *prumerge.reduce(features, query, keys)[0], *zipped, *tome.reduce(keys_of, hidden, 9, True)
+
+    wanted = merged()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = merged()
+    assert all(map(torch.equal, found, wanted)) and all(one.dtype == two.dtype for one, two in zip(found, wanted))
 
 
 # The whole path by hand -----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from families import build, inputs
 from recomputation import greedy
 from torch.nn.functional import normalize
@@ -173,6 +174,20 @@ def test_pyramiddrop_groups_key_heads():
     assert torch.equal(pyramiddrop.select(query, keys, 5), pyramiddrop.select(query, repeated, 5))
 
 
+@pytest.mark.parametrize("name", SELECTS)
+def test_choices_are_those_of_float32_under_autocast(name):
+    features, attention = random(2, 48, 16), random(2, 4, 48, 48, seed=1).softmax(-1)
+    text, some, number = random(2, 9, 16, seed=2), features[..., 0] > 0, torch.tensor([3, 2])
+
+    def found():
+        parts = sparsevlm.raters(features, text), sparsevlm.clusters(features, some, number)
+        return SELECTS[name](features, attention, 17), *(parts if name == "sparsevlm" else ())
+
+    wanted = found()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(map(torch.equal, found(), wanted))
+
+
 IN_A_MODEL = {
     "vispruner": VisPruner(keep=5), "fastervlm": FasterVLM(keep=5), "divprune": DivPrune(keep=0.3),
     "cdpruner": CDPruner(keep=5), "fopru": FoPru(keep=0.3), "row": FoPru(keep=0.5, strategy="row"),
@@ -196,6 +211,77 @@ def test_in_a_model_rows_of_a_batch_do_not_touch_each_other(name):
     assert kept[-1].sum() < batch["attention_mask"].sum()
 
 
+def one_row(name, row, args):
+    """The arguments of `select` for one prompt alone, with nothing but its own visual tokens; and which these are."""
+    if name == "fastv":
+        attention, keep = args
+        mine = attention[row, 0] > -torch.inf
+        return (attention[row : row + 1, :, mine], keep), mine
+    if name == "sparsevlm":
+        attention, raters, number = args
+        mine = attention[row, 0, 0] > -torch.inf
+        return (attention[row : row + 1, :, :, mine], raters[row : row + 1], int(number[row])), mine
+    query, keys, number, visual, alive = args
+    there = alive[row]
+    only = (query[row : row + 1], keys[row : row + 1, :, there], int(number[row]), visual[row : row + 1, there])
+    return only, there
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_vl"])
+@pytest.mark.parametrize(
+    "name, method",
+    [
+        ("fastv", FastV(0.3)), ("fastv", FastV(3, layer=1, attention="equi")),
+        ("sparsevlm", SparseVLM(0.3, positions="original")), ("pyramiddrop", PyramidDrop(0.3, positions="original")),
+    ],
+)  # fmt: skip
+def test_inside_the_model_select_chooses_for_unequal_numbers_of_visual_tokens(family, name, method, monkeypatch):
+    model, calls, module = build(family), [], {"fastv": fastv, "sparsevlm": sparsevlm, "pyramiddrop": pyramiddrop}[name]
+    real = module.select
+    monkeypatch.setattr(module, "select", lambda *args: calls.append((args, real(*args))) or calls[-1][1])
+    with prune(model, method) as trace, torch.no_grad():
+        model(**inputs(model))
+    assert len(set(trace.prefill.visual.sum(1).tolist())) > 1 and calls
+    for args, stay in calls:
+        for row in range(3):
+            alone, mine = one_row(name, row, args)
+            assert torch.equal(real(*alone)[0], stay[row, mine]) and not stay[row, ~mine].any()
+            assert 0 < stay[row].sum() < mine.sum()
+    layer, (_, stay) = method.layer or trace.prefill.at.index(1), calls[0]
+    visual = trace.prefill.visual
+    if name == "sparsevlm":  # and the means of what was recycled
+        assert (trace.kept[layer] & visual & stay).sum() == stay.sum()
+    else:
+        assert torch.equal(trace.kept[layer] & visual, stay)
+
+
+@pytest.mark.parametrize("strategy", ["rank", "row"])
+def test_fopru_in_a_model_is_the_function_on_its_towers_attention(strategy):
+    model = build("llava")
+    batch = inputs(model)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attention = model.model.vision_tower(batch["pixel_values"], output_attentions=True).attentions[-2]
+    model.set_attn_implementation("sdpa")
+    with prune(model, FoPru(0.5, strategy)) as trace, torch.no_grad():
+        model(**batch)
+    wanted = fopru.select(attention[:, :, 1:, 1:], 0.5, strategy)
+    assert torch.equal(trace.kept[0][trace.prefill.visual].view(3, 16), wanted) and wanted.sum() == 24
+
+
+def test_a_method_that_is_used_twice_remembers_each_use():
+    """Raters are noted for each method: those of the second are found among what the first has left."""
+    model = build("llava")
+    batch, first, second = inputs(model), SparseVLM(0.5, layers=(0, 1, 2)), SparseVLM(0.3, layers=(0, 1, 2))
+    with prune(model, VisPruner(keep=9)), prune(model, second) as trace, torch.no_grad():
+        model(**batch)
+    wanted = [note.clone() for note in trace.prefill.notes.values()]
+    with prune(model, first), prune(model, VisPruner(keep=9)), prune(model, second) as trace, torch.no_grad():
+        model(**batch)
+    found = list(trace.prefill.notes.values())
+    assert len(found) == 2 and torch.equal(found[1], wanted[0])
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl"])
 def test_pyramiddrop_ranks_by_the_next_layers_attention(family):
     model = build(family)
@@ -211,6 +297,32 @@ def test_pyramiddrop_ranks_by_the_next_layers_attention(family):
     assert torch.equal(trace.kept[2] & trace.prefill.visual, wanted)
     before = attention[1][:, :, -1].mean(1).masked_fill(~trace.prefill.visual, -1)
     assert not torch.equal(wanted, torch.zeros_like(wanted).scatter(1, before.topk(3).indices, True))
+
+
+def test_pyramiddrop_reads_the_next_layer_where_and_as_it_is():
+    """A layer on another device, or offloaded, gets its input only when it is called; dtypes stand in for devices."""
+    model = build("llava")
+    batch, method = inputs(model), PyramidDrop(3, layers=(2,))
+    with prune(model, method) as trace, torch.no_grad():
+        model(**batch)
+        plain = trace.kept.clone()
+    layer = model.get_decoder().layers[2].bfloat16()
+    forward = layer.forward
+
+    def moved(hidden, position_embeddings, **kwargs):
+        angles = tuple(part.bfloat16() for part in position_embeddings)
+        return forward(hidden.bfloat16(), position_embeddings=angles, **kwargs).float()
+
+    layer.forward = moved
+    with prune(model, method) as trace, torch.no_grad():
+        model(**batch)
+    assert (trace.kept[2] & trace.prefill.visual).sum(1).tolist() == [3, 3, 3]
+    assert (trace.kept[2] & plain[2] & trace.prefill.visual).sum() >= 6  # rounding may change one
+    offloaded = cpu_offload(build("llava"), execution_device=torch.device("cpu"))
+    assert offloaded.get_decoder().layers[2].self_attn.q_proj.weight.is_meta
+    with prune(offloaded, method) as trace, torch.no_grad():
+        offloaded(**batch)
+    assert torch.equal(trace.kept, plain)
 
 
 def test_sparsevlm_ranks_by_its_raters():

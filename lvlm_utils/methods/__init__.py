@@ -57,7 +57,7 @@ def fitted(lvlm: LVLM | PreTrainedModel, method: str | Method, **options: Any) -
     if isinstance(method, str):
         method = named(method, **options)
     elif not isinstance(method, Method):
-        raise ValueError(f"{method!r} is no method: give a name, or a Method with its options, such as FastV(keep=0.5).")
+        raise ValueError(f"{method!r} is no method: give a name, or a Method with its options, as FastV(keep=0.5).")
     elif options:
         raise ValueError(f"A method has its own options: {', '.join(options)} cannot be given with it.")
     check_options(method)

@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from lvlm_utils.pruning.keep import in_float32, kept
 from lvlm_utils.pruning.pictures import Pictures
-from lvlm_utils.pruning.tokens import Method, Positions
+from lvlm_utils.pruning.tokens import PictureMethod, Positions
 
 SMALL = 1e-6  # keeps the least relevant token, and what has no volume left, above zero
 
@@ -74,7 +74,7 @@ def by_question(pictures: Pictures) -> Tensor:
 
 
 @dataclass
-class CDPruner(Method):
+class CDPruner(PictureMethod):
     """Keep visual tokens that are relevant to the question and unlike each other (CDPruner).
 
     keep: share or number of the tokens of every picture, tile or frame that the tower sees (`visual_token_num`).
@@ -87,7 +87,7 @@ class CDPruner(Method):
     relevance: Literal["question"] | Callable[[Pictures], Tensor] = "question"
     positions: Positions = "contiguous"
 
-    kind = "visual, before the LLM"
+    uses_question = True
     official = "Theia-4869/CDPruner 9541616"
     deviations = (
         "Same indices for a given relevance; it is scaled for each picture, not over the batch. The official relevance "
@@ -95,10 +95,7 @@ class CDPruner(Method):
         "embedding of the question."
     )
 
-    def choose(self, tokens):
-        return tokens.by_picture(self._chosen)
-
-    def _chosen(self, pictures: Pictures) -> Tensor:
+    def pick(self, pictures):
         values = by_question(pictures) if self.relevance == "question" else self.relevance(pictures)
         if values.shape != pictures.slots.shape:
             raise ValueError(f"relevance is {tuple(values.shape)}, the pictures are {tuple(pictures.slots.shape)}.")

@@ -2,9 +2,10 @@
 
 There is no official code, so this is our reading. Eq. 4 sums a softmax row, which is always 1 and cannot rank; read as
 attention received it leaves open from whom. Column sums keep the beginning of a text, the opposite of what the paper
-shows in Fig. 17 and 18. Of the readings tried in notebook 10 the mean row of the question fits the marks of Fig. 17
-best and is the default; by Fig. 18 alone it would be the second. The others: all tokens, the same per query that can
-see the token, the last token's row, and the column sum over the context alone, which no question changes.
+shows in Fig. 17 and 18. Of the readings tried in the notebook context_pruning_ablations the mean row of the question
+fits the marks of Fig. 17 best and is the default; by Fig. 18 alone it would be the second. The others: all tokens, the
+same per query that can see the token, the last token's row, and the column sum over the context alone, which no
+question changes.
 """
 
 from collections.abc import Collection
@@ -51,8 +52,8 @@ def select_sentences(scores: Tensor, droppable: Tensor, drop: float | Tensor, se
 class Context(Method):
     """Drop the text that gets the least attention, after each of some layers (context pruning).
 
-    drop: share of the text that may go (Sec. 4: 30%), see `schedule`; or "auto": for each prompt a n^2 + b n + c, between
-        0 and 0.95, with `law` and n thousand tokens of context.
+    drop: share of the text that may go (Sec. 4: 30%), see `schedule`; or "auto": of each prompt a n^2 + b n + c, from 0
+        to 0.95, with `law` and n thousand tokens of context.
     layers: whose attention ranks, and after which text goes: numbers; or a share of the depth, from the first on (the
         paper's 10 of 32 is 10 / 32); or a third of it, "shallow", "middle" or "deep" (Fig. 9).
     reading: attention received (Eq. 4) from all tokens ("received"), the same per token that sees it ("received_mean"),
@@ -105,11 +106,8 @@ class Context(Method):
         return {} if self.pooling == "random" else dict.fromkeys(self.layers, (self.reading,))
 
     def choose(self, tokens):
-        layer, may = tokens.layer - 1, tokens.droppable(self.protect)
-        if self.pooling == "random":
-            ranked = tokens.noise(self.seed)
-        else:
-            ranked = score(tokens.attention(self.reading, layer), self.pooling)
+        layer, may, random = tokens.layer - 1, tokens.droppable(self.protect), self.pooling == "random"
+        ranked = tokens.noise(self.seed) if random else score(tokens.attention(self.reading, layer), self.pooling)
         drop = self.drop if self.law is None else _by_length(self.law, tokens)
         if self.schedule == "linear":
             share = drop * ((self.layers.index(layer) + 1) / len(self.layers))
@@ -126,7 +124,7 @@ def _check(drop: float | str, law: Collection[float] | None) -> None:
     elif law is None:
         raise ValueError(
             'drop="auto" needs law=(a, b, c), fitted to your model: the share dropped is a n^2 + b n + c, with n '
-            "thousand tokens of context (notebook 10 fits it)."
+            "thousand tokens of context (the notebook context_pruning_ablations fits it)."
         )
     elif len(law) != 3 or not all(isinstance(x, Real) and isfinite(x) for x in law):
         raise ValueError(f"law={law!r} is not (a, b, c), three numbers.")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lvlm_utils.pruning.keep import check_keep, in_float32, kept
-from lvlm_utils.pruning.tokens import Method, Positions
+from lvlm_utils.pruning.tokens import PictureMethod, Positions
 
 
 @in_float32
@@ -41,7 +41,7 @@ def select(features: Tensor, keep: float | int) -> Tensor:
 
 
 @dataclass
-class DivPrune(Method):
+class DivPrune(PictureMethod):
     """Keep the visual tokens that lie furthest from each other (DivPrune).
 
     keep: share (rounded to the nearest) or number of the tokens of every picture, tile or frame that the tower sees
@@ -52,10 +52,8 @@ class DivPrune(Method):
     keep: float | int = 0.098
     positions: Positions = "contiguous"
 
-    kind = "visual, before the LLM"
-    uses_question = False
     official = "vbdi/divprune 799e2d9"
     deviations = "Same picks in float32, in which distances are computed at every dtype; a picture or tile at a time."
 
-    def choose(self, tokens):
-        return tokens.by_picture(lambda pictures: select(pictures.projected, self.keep))
+    def pick(self, pictures):
+        return select(pictures.projected, self.keep)

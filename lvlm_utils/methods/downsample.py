@@ -4,21 +4,17 @@ VTC-Bench (Chenfei-Liao/VTC-Bench) found that it beats many pruning methods. The
 interpolated by the library.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from inspect import signature
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from transformers import PreTrainedModel
 
-from lvlm_utils.methods.tome import one_by_one, representatives, spread_out
-from lvlm_utils.models import towers_of
+from lvlm_utils.methods.tome import TowerMethod
+from lvlm_utils.models import bare, towers_of
 from lvlm_utils.pruning.keep import kept
-from lvlm_utils.pruning.tokens import Method, Positions
-from lvlm_utils.pruning.vision import has_cls
+from lvlm_utils.pruning.tokens import Positions
 
 
 def small_grid(grid: tuple[int, int], keep: int) -> tuple[int, int]:
@@ -34,7 +30,7 @@ def cells(grid: tuple[int, int], small: tuple[int, int], device: torch.device | 
 
 
 @dataclass
-class Downsample(Method):
+class Downsample(TowerMethod):
     """Show the vision tower a smaller picture: a control, not a method.
 
     keep: about this share or number of the patches of every picture, tile or frame is left: a grid of them.
@@ -44,35 +40,26 @@ class Downsample(Method):
     keep: float | int = 64
     positions: Positions = "contiguous"
 
-    kind = "visual, before the LLM"
-    uses_question = False
     deviations = (
         "A control without official code. What is shrunk (bilinear, antialiased) is the picture as the processor made "
         "it, not the original one. A grid in the same proportion has to be filled, so `keep` is met only nearly."
     )
 
     def fit(self, lvlm):
-        for tower in towers_of(one_by_one(lvlm, "downsample")).values():
+        super().fit(lvlm)
+        for tower in towers_of(bare(lvlm)).values():
             if "interpolate_pos_encoding" not in signature(tower.forward).parameters:
                 raise ValueError(f"{type(tower).__name__} takes pictures of one size only: take the method random.")
         return self
 
-    def sees(self):
-        return {"keys": 0}
-
-    def choose(self, tokens):
-        return tokens.by_picture(representatives)
-
-    @contextmanager
-    def within(self, model: PreTrainedModel) -> Iterator[None]:
-        with ExitStack() as stack:
-            for tower in towers_of(model).values():
-                stack.enter_context(spread_out(model, tower, _Smaller(int(has_cls(model)), self.keep)))
-            yield
+    def inside(self, tower, skip, stack):
+        run = _Smaller(skip, self.keep)
+        stack.enter_context(tower.register_forward_pre_hook(run.start, with_kwargs=True))
+        return run
 
 
 class _Smaller:
-    """One tower that sees small pictures. `maps` and `skip` as in ToMe."""
+    """One tower that sees small pictures."""
 
     def __init__(self, skip: int, keep: float | int):
         self.skip, self.keep = skip, keep

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lvlm_utils.methods.vispruner import attention_of
 from lvlm_utils.pruning.keep import top
-from lvlm_utils.pruning.tokens import Method, Positions
+from lvlm_utils.pruning.tokens import PictureMethod, Positions
 
 
 def select(cls_attention: Tensor, keep: float | int) -> Tensor:
@@ -18,7 +18,7 @@ def select(cls_attention: Tensor, keep: float | int) -> Tensor:
 
 
 @dataclass
-class FasterVLM(Method):
+class FasterVLM(PictureMethod):
     """Keep the patches that [CLS] attends to most (FasterVLM).
 
     keep: share or number of the patches of every picture, tile or frame that the tower sees.
@@ -28,8 +28,6 @@ class FasterVLM(Method):
     keep: float | int = 128
     positions: Positions = "contiguous"
 
-    kind = "visual, before the LLM"
-    uses_question = False
     seen = {"cls": -2}
     official = "Theia-4869/FasterVLM f5d5f12"
     deviations = (
@@ -43,6 +41,6 @@ class FasterVLM(Method):
     def sees(self):
         return self.seen
 
-    def choose(self, tokens):
+    def pick(self, pictures):
         [name] = self.seen
-        return tokens.by_picture(lambda p: select(p.seen(name).mean(1), self.keep))
+        return select(pictures.seen(name).mean(1), self.keep)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lvlm_utils.pruning.keep import kept, top
 from lvlm_utils.pruning.pictures import Pictures
-from lvlm_utils.pruning.tokens import Chosen, Method, Positions
+from lvlm_utils.pruning.tokens import Chosen, PictureMethod, Positions
 
 
 def significance(given: Tensor, received: Tensor, which: str = "auto") -> Tensor:
@@ -51,7 +51,7 @@ def select(attention: Tensor, keep: float | int, strategy: str = "rank", grid: t
 
 
 @dataclass
-class FoPru(Method):
+class FoPru(PictureMethod):
     """Keep the patches, or the rows of patches, that get or give most attention in the vision tower (FoPru).
 
     keep: share or number of the patches of every picture, tile or frame that the tower sees.
@@ -68,8 +68,6 @@ class FoPru(Method):
     reorder: bool = True
     positions: Positions = "contiguous"
 
-    kind = "visual, before the LLM"
-    uses_question = False
     deviations = (
         "Our reading of the paper: penultimate layer, [CLS] left out, unbiased variance, `keep` for each tile. Where a "
         "model merges patches, a visual token has the mean significance of its patches."
@@ -78,10 +76,9 @@ class FoPru(Method):
     def sees(self):
         return {"given": -2, "received": -2}
 
-    def choose(self, tokens):
-        return tokens.by_picture(_pooled if self.significance == "pool" else self._chosen)
-
-    def _chosen(self, pictures: Pictures) -> Chosen:
+    def pick(self, pictures):
+        if self.significance == "pool":
+            return _pooled(pictures)
         score = significance(pictures.seen("given").mean(1), pictures.seen("received").mean(1), self.significance)
         grid = pictures.grid if self.strategy == "row" else None
         stay = choice(score, self.keep, self.strategy, grid)

@@ -64,11 +64,9 @@ class LTP(Method):
         if thresholds is None:
             thresholds = [self.theta * (layer + 1) / depth for layer in range(depth - 1)]
         if len(thresholds) != depth - 1:
-            raise ValueError(
-                f"{len(thresholds)} thresholds for {depth} layers: give {depth - 1}, none for the last layer."
-            )
+            raise ValueError(f"{len(thresholds)} thresholds for {depth} layers: give {depth - 1}, none for the last.")
         if not all(0 <= threshold < inf for threshold in thresholds):
-            raise ValueError("A threshold is a number from 0 on, in units of uniform attention: 1.0 is the mean of all.")
+            raise ValueError("A threshold is a number from 0 on, in units of uniform attention: 1.0 is the mean.")
         return self.filled(thresholds=tuple(thresholds))
 
     def before(self):

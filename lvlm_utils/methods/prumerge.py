@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lvlm_utils.pruning.keep import in_float32, kept
 from lvlm_utils.pruning.pictures import Pictures
-from lvlm_utils.pruning.tokens import Chosen, Method, Positions
+from lvlm_utils.pruning.tokens import Chosen, PictureMethod, Positions
 
 NEIGHBOURS = 32
 
@@ -69,10 +69,10 @@ def reduce(
     weights = torch.zeros_like(likeness).scatter_(2, near, weights).scatter_(2, own, 1.0)
     real = torch.arange(most, device=order.device) < counts[:, None]
     dropped = attention.masked_fill(_mask(order.where(real, patches), patches), 0)
-    merged, extra = (part @ features.float() for part in (weights, dropped[:, None]))
+    merged, extra = ((part @ features.float()).to(features.dtype) for part in (weights, dropped[:, None]))
     sizes = counts.tolist()
-    tokens = [torch.cat([m[:size], e]) for m, e, size in zip(merged.to(features.dtype), extra.to(features.dtype), sizes)]
-    return tuple(tokens), order[real].split(sizes)
+    tokens = tuple(torch.cat([row[:size], last]) for row, last, size in zip(merged, extra, sizes))
+    return tokens, order[real].split(sizes)
 
 
 def _mask(places: Tensor, size: int) -> Tensor:
@@ -82,7 +82,7 @@ def _mask(places: Tensor, size: int) -> Tensor:
 
 
 @dataclass
-class PruMerge(Method):
+class PruMerge(PictureMethod):
     """Keep the patches that stand out in the attention of [CLS], and merge the others into them (PruMerge).
 
     keep: share or number of a picture's tokens, the extra one too, from 2 tokens; not given, each picture keeps as many
@@ -93,32 +93,26 @@ class PruMerge(Method):
     keep: float | int | None = None
     positions: Positions = "contiguous"
 
-    kind = "visual, before the LLM"
     needs_cls = True
-    uses_question = False
     plus = False
     official = "42Shawn/LLaVA-PruMerge 097c041"
     deviations = (
         "Tokens and their order match. The share is each picture's own, not one for the flattened batch; a picture "
-        "without outliers keeps its most attended patch (the official code divides by zero), and a stride below 1 "
-        "counts as 1. `keep` in place of the adaptive number is ours. In the LLM with positions='contiguous' the tokens "
-        "stand in the official order (most attended first, the extra token last); with 'original' at their patches' "
-        "places, the extra token at that of the last dropped patch. Where nothing was dropped the LLM gets no extra "
-        "token."
+        "without outliers keeps its most attended patch (the official code divides by zero), a stride below 1 counts "
+        "as 1. `keep` in place of the adaptive number is ours. In the LLM tokens stand in the official order (most "
+        "attended first, the extra token last) if positions are contiguous, else at their patches' places, the extra "
+        "one at that of the last dropped patch. Where nothing was dropped the LLM gets no extra token."
     )
 
     def sees(self):
         return {"query": -1, "keys": -1}
 
-    def choose(self, tokens):
-        return tokens.by_picture(self._merged)
-
-    def _merged(self, pictures: Pictures) -> Chosen:
+    def pick(self, pictures):
         query, keys = pictures.raw("query").flatten(1), pictures.raw("keys").transpose(1, 2).flatten(2)
         patches = keys.shape[1] - 1
         number = None if self.keep is None else kept(self.keep, patches) - 1
         if number == 0:
-            raise ValueError(f"keep={self.keep!r} is 1 token of {patches}: PruMerge needs 2, a patch and the extra one.")
+            raise ValueError(f"keep={self.keep!r} is 1 token of {patches}: PruMerge needs 2, one of them extra.")
         tokens, own = reduce(pictures.features, query, keys, self.plus, number)
         free = ~_mask(pad_sequence(own, True, patches), patches)
         spare = torch.arange(patches, device=free.device).where(free, -1).amax(1).where(free.any(1), patches)

@@ -17,4 +17,4 @@ class PruMergePlus(PruMerge):
     """
 
     plus = True
-    deviations = f"{PruMerge.deviations} The official PruMerge+ fails for more than one picture at a time; ours does not."
+    deviations = f"{PruMerge.deviations} The official PruMerge+ fails for several pictures at a time; ours does not."

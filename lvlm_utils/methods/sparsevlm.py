@@ -122,10 +122,10 @@ class SparseVLM(Method):
     """Drop visual tokens in three steps, by the attention of the words that are close to the picture (SparseVLM).
 
     keep: share or number of a prompt's visual tokens that the depth sees on average, as the authors count. Official are
-        64, 96, 128 and 192 of 576, with a number for each of three layers: 192 is 300, 200, 110. In between the numbers
+        64, 96, 128 and 192 of 576, with a number for each of three layers: 192 is 300, 200, 110. The numbers between
         are interpolated, and scaled where there are not 576.
-    layers: whose attention ranks, and after which tokens go: three that rise; not given, the official 2, 6, 15 of 32, or
-        the same shares of another depth (1, 2, 4 of 8).
+    layers: whose attention ranks, and after which tokens go: three that rise; not given, the official 2, 6, 15 of 32,
+        or the same shares of another depth (1, 2, 4 of 8).
     positions: "contiguous" as in the code.
     """
 
@@ -166,7 +166,7 @@ class SparseVLM(Method):
             tokens.notes[self.rating] = whole.scatter(1, tokens.place, found)
             return tokens.alive
         stage = self.layers.index(tokens.layer - 1)
-        attention = tokens.only_visual(tokens.attention(self.rating, tokens.layer - 1))[:, :, None]  # summed over raters
-        every = torch.ones_like(visual[:, :1])
+        attention = tokens.only_visual(tokens.attention(self.rating, tokens.layer - 1))
+        attention, every = attention[:, :, None], torch.ones_like(visual[:, :1])  # it is summed over the raters already
         stay = ~visual | select(attention, every, budget(self.keep, tokens.at_start)[:, stage])
         return recycle(tokens.hidden, rated(attention, every), stay)

@@ -46,25 +46,18 @@ class SpAtten(Method):
     positions: Positions = "original"
 
     kind = "text"
-    depth = 0
+    begin = depth = 0  # the first layer that sees less, and the number of layers
     deviations = (
         "mit-han-lab/spatten a0f1388 prunes only the cache between turns: cascade, accumulation and top-k follow the "
-        "paper, the schedule kssteven418/LTP 8ab31a6. Mean over heads, numbers rounded down, template and question stay."
+        "paper, the schedule kssteven418/LTP 8ab31a6. Mean over heads, rounded down; template and question stay."
     )
 
     def fit(self, lvlm):
-        fitted = self.filled(depth=depth_of(lvlm))
-        if self.first < 1 or fitted.begin >= fitted.depth:
-            raise ValueError(
-                f"first={self.first!r}: of {fitted.depth} layers, 1 to {fitted.depth - 1} can be the first that sees "
-                "less."
-            )
-        return fitted
-
-    @property
-    def begin(self) -> int:
-        """The first layer that sees less."""
-        return max(self.first, ceil(EARLY * self.depth))
+        depth = depth_of(lvlm)
+        begin = max(self.first, ceil(EARLY * depth))
+        if self.first < 1 or begin >= depth:
+            raise ValueError(f"first={self.first!r}: of {depth} layers, 1 to {depth - 1} can be the first to see less.")
+        return self.filled(begin=begin, depth=depth)
 
     def before(self):
         return () if self.drop == 0 else tuple(range(self.begin, self.depth))

@@ -5,7 +5,7 @@ similar one at odd places, by the keys of the layer (mean over heads), and the r
 each, weighted by the patches that it already stands for (proportional attention: log of that is added to the scores).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,21 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from lvlm_utils.attention.intercept import Call, intercept
-from lvlm_utils.models import LVLM, bare, towers_of
+from lvlm_utils.models import bare, towers_of
 from lvlm_utils.pruning.engine import ENGINES
 from lvlm_utils.pruning.keep import in_float32, kept
-from lvlm_utils.pruning.pictures import Pictures
-from lvlm_utils.pruning.tokens import Method, Positions
-from lvlm_utils.pruning.vision import has_cls, tower_layers
-
-# Families whose visual tokens are the tower's patches one by one, with a projector that works token by token.
-ONE_BY_ONE = (
-    "llava", "vipllava", "llava_next", "llava_next_video", "llava_onevision", "video_llava", "deepseek_vl"
-)  # fmt: skip
+from lvlm_utils.pruning.tokens import PictureMethod, Positions
+from lvlm_utils.pruning.vision import Sight, has_cls, tower_layers
 
 
 @in_float32
@@ -87,8 +80,71 @@ def schedule(patches: int, layers: int, keep: int) -> list[int]:
     return steps
 
 
+class TowerMethod(PictureMethod):
+    """A method that leaves fewer patches inside the vision tower itself.
+
+    Write `inside`, which hooks one tower (hooks go on the stack) and returns an object whose `maps` says what became of
+    its patches in the latest run: number of tokens -> (pictures, all tokens) which of them each became part of; the
+    last is that of the features. The model gets as many tokens as ever, copies of these, and of each the first stays.
+    """
+
+    # Families whose visual tokens are the tower's patches one by one, with a projector that works token by token.
+    FITS = ("llava", "vipllava", "llava_next", "llava_next_video", "llava_onevision", "video_llava", "deepseek_vl")
+
+    def inside(self, tower: nn.Module, skip: int, stack: ExitStack) -> Any:
+        """skip: 1 where the first token is [CLS], which is no patch."""
+        raise NotImplementedError
+
+    def fit(self, lvlm):
+        if (model_type := bare(lvlm).config.model_type) not in self.FITS:
+            raise ValueError(
+                f"{type(self).__name__} changes the patches inside the tower, which {model_type} packs, or makes a "
+                "visual token of several: take a method that selects after the tower, such as divprune or vispruner."
+            )
+        return self
+
+    def sees(self):
+        return {"keys": 0}
+
+    def pick(self, pictures):
+        if not pictures.one_to_one:
+            raise ValueError("Frames of this model are pooled after the tower: take divprune or vispruner.")
+        views, device = pictures.views, pictures.slots.device
+        groups = torch.stack([view.picture["source", None][view.patches[:, 0].to(device)] for view in views])
+        place = torch.arange(groups.shape[1], device=device).expand_as(groups)
+        first = place.new_full((len(groups), views[0].size), groups.shape[1])
+        return first.scatter_reduce(1, groups, place, "amin").gather(1, groups) == place
+
+    @contextmanager
+    def within(self, model):
+        skip = int(has_cls(model))
+        with ExitStack() as stack:
+            for tower in towers_of(model).values():
+                hook = partial(_spread_out, ENGINES[model].sight, self.inside(tower, skip, stack), skip)
+                stack.enter_context(tower.register_forward_hook(hook))
+            yield
+
+
+def _spread_out(sight: Sight, run: Any, skip: int, tower: nn.Module, args: tuple, output: ModelOutput) -> ModelOutput:
+    """A tower's output with as many tokens as without `run`."""
+
+    def whole(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        source = run.maps[x.shape[1]].to(x.device)
+        return x.gather(1, source[..., None].expand(-1, -1, x.shape[-1]))
+
+    output["last_hidden_state"] = whole(output["last_hidden_state"])
+    if output.get("hidden_states") is not None:
+        output["hidden_states"] = tuple(whole(x) for x in output["hidden_states"])
+    source = list(run.maps.values())[-1][:, skip:] - skip
+    for picture, of_it in zip(sight.pictures[-len(source) :], source, strict=True):
+        picture["source", None], picture["size", None] = of_it, (len(of_it), False)
+    return output
+
+
 @dataclass
-class ToMe(Method):
+class ToMe(TowerMethod):
     """Merge the most similar tokens in every layer of the vision tower (ToMe).
 
     keep: share or number of each picture's patches that is left after the tower.
@@ -104,47 +160,36 @@ class ToMe(Method):
     proportional: bool = True
     positions: Positions = "contiguous"
 
-    kind = "visual, before the LLM"
-    uses_question = False
+    features = (-1,)  # layers of the tower
     official = "facebookresearch/ToMe af95e4b"
     deviations = (
         "`reduce` matches, its order too. In a model tokens are merged after a layer, not between its attention and "
         "MLP, up to the layer of the features, and stand in the LLM in the order of their first patches (the official "
-        "order is that of the matching). `keep` spreads the merges evenly over the layers; the official code has r "
-        "alone."
+        "order is that of the matching). `keep` spreads the merges evenly over the layers; official is r alone."
     )
 
     def fit(self, lvlm):
         if (self.keep is None) == (self.r is None):
             raise ValueError("Give keep (what is left of each picture), or r (what is merged in every layer).")
-        towers = towers_of(one_by_one(lvlm, "ToMe")).values()
-        flash = [name for tower in towers if "flash" in (name := tower.config._attn_implementation)]
-        if flash and self.proportional:
-            raise ValueError(f"{flash[0]} takes no weights of tokens: proportional=False, or another attention.")
-        return self
+        super().fit(lvlm)
+        for tower in towers_of(bare(lvlm)).values():
+            if self.proportional and "flash" in (name := tower.config._attn_implementation):
+                raise ValueError(f"{name} takes no weights of tokens: proportional=False, or another attention.")
+        layer = getattr(bare(lvlm).config, "vision_feature_layer", None)
+        return self.filled(features=layer if isinstance(layer, list | tuple) else [-1 if layer is None else layer])
 
-    def sees(self):
-        return {"keys": 0}
-
-    def choose(self, tokens):
-        return tokens.by_picture(representatives)
-
-    @contextmanager
-    def within(self, model: PreTrainedModel) -> Iterator[None]:
-        layer = getattr(model.config, "vision_feature_layer", None)
-        features = layer if isinstance(layer, list | tuple) else [-1 if layer is None else layer]
-        with ExitStack() as stack:
-            for tower in towers_of(model).values():
-                layers = tower_layers(tower)
-                last = min(f + len(layers) if f < 0 else f - 1 for f in features)
-                run = _Merging(self, int(has_cls(model)), last + 1)
-                stack.enter_context(intercept(run.see, *layers[: last + 1]))
-                stack.enter_context(spread_out(model, tower, run))
-                for number, layer in enumerate(layers):
-                    stack.enter_context(layer.register_forward_pre_hook(run.weigh, with_kwargs=True))
-                    if number <= last:  # before the library records the layer's output
-                        stack.enter_context(layer.register_forward_hook(partial(run.merge, number), prepend=True))
-            yield
+    def inside(self, tower, skip, stack):
+        layers = tower_layers(tower)
+        last = min(layer + len(layers) if layer < 0 else layer - 1 for layer in self.features)
+        run = _Merging(self, skip, last + 1)
+        stack.enter_context(intercept(run.see, *layers[: last + 1]))
+        stack.enter_context(tower.register_forward_pre_hook(run.start))
+        for number, layer in enumerate(layers):
+            hook = partial(run.weigh, min(number, last + 1))
+            stack.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
+            if number <= last:  # before the library records the layer's output
+                stack.enter_context(layer.register_forward_hook(partial(run.merge, number), prepend=True))
+        return run
 
     def steps(self, patches: int, layers: int) -> list[int]:
         """How many to merge in each layer."""
@@ -157,79 +202,32 @@ class ToMe(Method):
 
 
 class _Merging:
-    """ToMe in one tower. `maps`: number of tokens -> (pictures, all tokens) which of them each of them became part of;
-    the last is that of the features. `skip` tokens in front ([CLS]) are no patch."""
+    """ToMe in one tower. What is known of each layer stays until the next run: checkpointed layers run twice."""
 
     def __init__(self, method: ToMe, skip: int, layers: int):
         self.method, self.skip, self.layers = method, skip, layers
 
-    def start(self, tower: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.size, self.maps = None, {}
+    def start(self, tower: nn.Module, args: tuple) -> None:
+        self.sizes, self.sources, self.maps = {}, {}, {}
 
     def see(self, call: Call) -> None:
         self.metric = call.key.float().mean(1)
 
-    def weigh(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+    def weigh(self, number: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         x = args[0] if args else kwargs["hidden_states"]
-        if self.size is None:
-            self.size = torch.ones(*x.shape[:2], 1, device=x.device)
-            self.source = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
-            self.maps, self.steps = {x.shape[1]: self.source}, self.method.steps(x.shape[1] - self.skip, self.layers)
+        if not self.sizes:
+            self.sizes[0] = torch.ones(*x.shape[:2], 1, device=x.device)
+            self.maps[x.shape[1]] = self.sources[0] = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+            self.steps = self.method.steps(x.shape[1] - self.skip, self.layers)
         if not self.method.proportional:
             return None
-        mask = self.size.log().to(x.dtype).transpose(1, 2)[:, None]
+        mask = self.sizes[number].log().to(x.dtype).transpose(1, 2)[:, None]
         if len(args) > 1:
             return (x, mask, *args[2:]), kwargs
         return args, {**kwargs, "attention_mask": mask}
 
     def merge(self, number: int, layer: nn.Module, args: tuple, x: Tensor) -> Tensor:
-        x, self.size, source = reduce(self.metric, x, self.steps[number], bool(self.skip), self.size)
-        self.source = source.gather(1, self.source)
-        self.maps[x.shape[1]] = self.source
+        x, size, source = reduce(self.metric, x, self.steps[number], bool(self.skip), self.sizes[number])
+        self.sizes[number + 1], self.sources[number + 1] = size, source.gather(1, self.sources[number])
+        self.maps[x.shape[1]] = self.sources[number + 1]
         return x
-
-
-def one_by_one(lvlm: LVLM | PreTrainedModel, method: str) -> PreTrainedModel:
-    """The transformers model. ValueError where its visual tokens are not the tower's patches one by one."""
-    model = bare(lvlm)
-    if model.config.model_type not in ONE_BY_ONE:
-        raise ValueError(
-            f"{method} changes the patches inside the tower, which {model.config.model_type} packs, or makes a visual "
-            "token of several: take a method that selects after the tower, such as divprune or vispruner."
-        )
-    return model
-
-
-def representatives(pictures: Pictures) -> Tensor:
-    """Choose: of the visual tokens that are copies of one, the first."""
-    if not pictures.one_to_one:
-        raise ValueError("Frames of this model are pooled after the tower: take divprune or vispruner.")
-    views, device = pictures.views, pictures.slots.device
-    groups = torch.stack([view.picture["source", None][view.patches[:, 0].to(device)] for view in views])
-    place = torch.arange(groups.shape[1], device=device).expand_as(groups)
-    first = place.new_full((len(groups), views[0].size), groups.shape[1])
-    return first.scatter_reduce(1, groups, place, "amin").gather(1, groups) == place
-
-
-@contextmanager
-def spread_out(model: PreTrainedModel, tower: nn.Module, run: Any) -> Iterator[None]:
-    """Give the model as many tokens as without `run`, which changes their number inside the tower: copies of what each
-    became part of, by `run.maps`. `representatives` finds the copies."""
-
-    def whole(x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
-        source = run.maps[x.shape[1]].to(x.device)
-        return x.gather(1, source[..., None].expand(-1, -1, x.shape[-1]))
-
-    def finish(tower: nn.Module, args: tuple, output: ModelOutput) -> ModelOutput:
-        output["last_hidden_state"] = whole(output["last_hidden_state"])
-        if output.get("hidden_states") is not None:
-            output["hidden_states"] = tuple(whole(x) for x in output["hidden_states"])
-        source = list(run.maps.values())[-1][:, run.skip :] - run.skip
-        for picture, of_it in zip(ENGINES[model].sight.pictures[-len(source) :], source, strict=True):
-            picture["source", None], picture["size", None] = of_it, (len(of_it), False)
-        return output
-
-    with tower.register_forward_pre_hook(run.start, with_kwargs=True), tower.register_forward_hook(finish):
-        yield

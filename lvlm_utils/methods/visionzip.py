@@ -14,8 +14,7 @@ from torch.nn.functional import normalize, one_hot
 from lvlm_utils.methods.prumerge import placed
 from lvlm_utils.models import bare
 from lvlm_utils.pruning.keep import in_float32, kept
-from lvlm_utils.pruning.pictures import Pictures
-from lvlm_utils.pruning.tokens import Chosen, Method, Positions
+from lvlm_utils.pruning.tokens import PictureMethod, Positions
 
 CONTEXTUAL = 10 / 64  # share of the contextual tokens: 54 + 10, 108 + 20, 162 + 30
 
@@ -72,7 +71,7 @@ def split(keep: int) -> tuple[int, int]:
 
 
 @dataclass
-class VisionZip(Method):
+class VisionZip(PictureMethod):
     """Keep the patches that [CLS] attends to most, and merge the others into a few contextual tokens (VisionZip).
 
     keep: share or number of all tokens of a picture, [CLS] too; 54 of 64 are dominant, as in the code.
@@ -85,16 +84,14 @@ class VisionZip(Method):
     contextual: int | None = None
     positions: Positions = "contiguous"
 
-    kind = "visual, before the LLM"
     needs_cls = True
-    uses_question = False
     features = -2  # layer of the tower
     official = "dvlab-research/VisionZip 3151f6d"
     deviations = (
         "Tokens and their order match. contextual=0 merges nothing and more contextual tokens than patches left take "
-        "all of these (the official code fails at both). In the LLM with positions='contiguous' the tokens stand in the "
-        "official order ([CLS], dominant, contextual); with 'original' at their patches' places, [CLS] at that of the "
-        "first dropped patch. Tiles of LLaVA-NeXT: each on its own."
+        "all of these (the official code fails at both). In the LLM tokens stand in the official order ([CLS], "
+        "dominant, contextual) if positions are contiguous, else at their patches' places, [CLS] at that of the first "
+        "dropped patch. Tiles of LLaVA-NeXT: each on its own."
     )
 
     def fit(self, lvlm):
@@ -102,23 +99,17 @@ class VisionZip(Method):
             raise ValueError("Give dominant and contextual together, or keep alone.")
         layer = getattr(bare(lvlm).config, "vision_feature_layer", None)
         if not isinstance(layer, int):
-            raise ValueError(
-                "VisionZip takes [CLS] from the layer of the features, of which there is not one: take prumerge."
-            )
+            raise ValueError("VisionZip takes [CLS] from the layer of features, and there are several: take prumerge.")
         return self.filled(features=layer if layer < 0 else layer - 1)  # hidden_states[0] is what goes into layer 0
 
     def sees(self):
         return {"cls": -2, "keys": -2, "hidden": self.features}
 
-    def choose(self, tokens):
-        return tokens.by_picture(self._merged)
-
-    def _merged(self, pictures: Pictures) -> Chosen:
+    def pick(self, pictures):
         hidden, keys = pictures.raw("hidden"), pictures.raw("keys").mean(1)
         size = hidden.shape[1]
-        numbers = (self.dominant, self.contextual)
-        if self.dominant is None:
-            numbers = split(kept(self.keep, size - 1))
+        numbers = self.dominant, self.contextual
+        numbers = split(kept(self.keep, size - 1)) if self.dominant is None else numbers
         if sum(numbers) >= size:
             raise ValueError(f"{numbers[0]} dominant and {numbers[1]} contextual are more than {size - 1} patches.")
         tokens, own = reduce(hidden, pictures.raw("cls"), keys, *numbers)

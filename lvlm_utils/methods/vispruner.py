@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lvlm_utils.pruning.keep import in_float32, kept
-from lvlm_utils.pruning.tokens import Method, Positions
+from lvlm_utils.pruning.tokens import PictureMethod, Positions
 from lvlm_utils.pruning.vision import has_cls
 
 REMOVED = 8  # in a round
@@ -92,7 +92,7 @@ def attention_of(lvlm) -> dict[str, int]:
 
 
 @dataclass
-class VisPruner(Method):
+class VisPruner(PictureMethod):
     """Keep the patches that [CLS] attends to most, and the most diverse of the others (VisPruner).
 
     keep: share or number of the patches of every picture, tile or frame that the tower sees (the code's
@@ -106,8 +106,6 @@ class VisPruner(Method):
     important: float = 0.5
     positions: Positions = "contiguous"
 
-    kind = "visual, before the LLM"
-    uses_question = False
     seen = {"cls": -2}
     official = "Theia-4869/VisPruner aefa01a"
     deviations = (
@@ -122,6 +120,6 @@ class VisPruner(Method):
     def sees(self):
         return self.seen
 
-    def choose(self, tokens):
+    def pick(self, pictures):
         [name] = self.seen
-        return tokens.by_picture(lambda p: select(p.features, p.seen(name).mean(1), self.keep, self.important))
+        return select(pictures.features, pictures.seen(name).mean(1), self.keep, self.important)

@@ -283,6 +283,23 @@ class Method:
         raise NotImplementedError
 
 
+class PictureMethod(Method):
+    """A method before the language model that chooses among the tokens of every picture, tile or frame by itself.
+
+    Write `pick`(pictures), for pictures of equal size: which of their V tokens stay, bool (P, V); or (that, new hidden
+    states (P, V, D)) where it merges. All text stays.
+    """
+
+    kind = "visual, before the LLM"
+    uses_question = False
+
+    def pick(self, pictures: Pictures) -> Chosen:
+        raise NotImplementedError
+
+    def choose(self, tokens: Tokens) -> Chosen:
+        return tokens.by_picture(self.pick)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a method does in one model.
