@@ -14,9 +14,8 @@ from processors import lvlm
 from torch.nn.functional import normalize
 
 import lvlm_utils as lv
-from lvlm_utils.methods import Method
+from lvlm_utils.methods import Method, PictureMethod
 from lvlm_utils.pruning.keep import top
-from lvlm_utils.pruning.tokens import PictureMethod
 
 
 @dataclass

@@ -27,7 +27,7 @@ from lvlm_utils.methods.vispruner import VisPruner
 from lvlm_utils.models import LVLM, bare
 from lvlm_utils.pruning.engine import pruning
 from lvlm_utils.pruning.keep import check_options
-from lvlm_utils.pruning.tokens import Method, Tokens, Trace
+from lvlm_utils.pruning.tokens import Method, PictureMethod, Tokens, Trace
 from lvlm_utils.pruning.vision import has_cls
 
 METHODS: dict[str, type[Method]] = {
@@ -36,7 +36,8 @@ METHODS: dict[str, type[Method]] = {
     "divprune": DivPrune, "cdpruner": CDPruner, "fastv": FastV, "sparsevlm": SparseVLM, "pyramiddrop": PyramidDrop,
     "random": Random, "downsample": Downsample,
 }  # fmt: skip
-__all__ = ["METHODS", "Method", "Tokens", "Trace", "fitted", "named", "prune", *(m.__name__ for m in METHODS.values())]
+__all__ = ["METHODS", "Method", "PictureMethod", "Tokens", "Trace", "fitted", "named", "prune"]
+__all__ += [method.__name__ for method in METHODS.values()]
 
 
 def named(name: str, **options: Any) -> Method:

@@ -109,10 +109,10 @@ class TowerMethod(PictureMethod):
     def pick(self, pictures):
         if not pictures.one_to_one:
             raise ValueError("Frames of this model are pooled after the tower: take divprune or vispruner.")
-        views, device = pictures.views, pictures.slots.device
-        groups = torch.stack([view.picture["source", None][view.patches[:, 0].to(device)] for view in views])
-        place = torch.arange(groups.shape[1], device=device).expand_as(groups)
-        first = place.new_full((len(groups), views[0].size), groups.shape[1])
+        sources = [view.picture["source", None][view.patches[:, 0]] for view in pictures.views]
+        groups = torch.stack(sources).to(pictures.slots.device)
+        place = torch.arange(groups.shape[1], device=groups.device).expand_as(groups)
+        first = place.new_full((len(groups), pictures.views[0].size), groups.shape[1])
         return first.scatter_reduce(1, groups, place, "amin").gather(1, groups) == place
 
     @contextmanager
