@@ -79,20 +79,20 @@ class Session:
         before |= dict.fromkeys(towers_of(model).values(), self._before_tower)
         for module, function in before.items():
             self.hooks.callback(self.hook(module, function))
-        self.hooks.callback(self.hook(base, after=self._after_model, always=True))
+        self.hooks.callback(self.hook(base, after=self._after_model, always_call=True))
 
     def hook(
-        self, module: nn.Module, before: Callable | None = None, after: Callable | None = None, always: bool = False
+        self, module: nn.Module, before: Callable | None = None, after: Callable | None = None, **how: bool
     ) -> Callable[[], object]:
         """Register a forward pre-hook (called with keywords) and a forward hook; what is returned removes them.
 
-        always: call `after` also where the module raised.
+        how: for `after`, always_call=True also where the module raised, prepend=True before other hooks.
         """
         handles = []
         if before is not None:
             handles.append(module.register_forward_pre_hook(_Hook(self, before), with_kwargs=True))
         if after is not None:
-            handles.append(module.register_forward_hook(_Hook(self, after), always_call=always))
+            handles.append(module.register_forward_hook(_Hook(self, after), **how))
         return lambda: [handle.remove() for handle in handles]
 
     def begin(self) -> None:

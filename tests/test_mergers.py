@@ -11,16 +11,27 @@ from torch.nn.functional import cosine_similarity, interpolate
 
 import lvlm_utils as lv
 from lvlm_utils import ROOT
+from lvlm_utils.methods import (
+    Downsample,
+    PruMerge,
+    PruMergePlus,
+    ToMe,
+    VisionZip,
+    downsample,
+    prumerge,
+    prune,
+    tome,
+    visionzip,
+)
 from lvlm_utils.models import EMBEDDED
-from lvlm_utils.pruning import downsample, prumerge, prumerge_plus, prune, tome, visionzip
 
 GOLDEN = ROOT / "tests" / "golden"
 QUESTIONS = ["Is the couch in the image? (Please answer with yes or no.)", "What do you see?", "Is the sun there?"]
 OPTIONS = {
-    prumerge: {}, prumerge_plus: {}, visionzip: {"keep": 0.45}, tome: {"keep": 0.4}, downsample: {"keep": 0.55}
+    PruMerge: {}, PruMergePlus: {}, VisionZip: {"keep": 0.45}, ToMe: {"keep": 0.4}, Downsample: {"keep": 0.55}
 }  # fmt: skip
 METHODS = tuple(OPTIONS)
-NAMES = [method.__name__.rpartition(".")[2] for method in METHODS]
+NAMES = [method.__name__ for method in METHODS]
 
 
 def golden(name):
@@ -108,9 +119,9 @@ def test_prumerge_with_a_given_number_and_with_everything_kept():
     assert sampled[:5].tolist() == [99, 98, 97, 96, 95] and (sampled[5:].diff() - 95 / 15).abs().max() < 1
     features, query, keys = randoms((1, 4, 8), (1, 4), (1, 5, 4))
     for number in (1, 4):
-        tokens, _, counts = prumerge.merge(features, query, keys, keep=number)
-        assert tokens.shape == (1, number + 1, 8) and counts.tolist() == [number]
-    assert not tokens[0, -1].any()  # nothing was dropped
+        [tokens], [own] = prumerge.reduce(features, query, keys, keep=number)
+        assert tokens.shape == (number + 1, 8) and len(own) == number
+    assert not tokens[-1].any()  # nothing was dropped
     many = torch.zeros(1, 8)
     many[:, 0] = 1
     keys = torch.zeros(1, 41, 8)
@@ -190,10 +201,9 @@ def test_tome_is_the_plain_loop(size, r, class_token):
 def test_tome_again_is_weighted_by_what_was_merged_before():
     metric, tokens = randoms((2, 40, 8), (2, 40, 5))
     once, size, source = tome.reduce(metric, tokens, 15)
-    again, left = tome.match(tome.combine(metric, torch.ones(2, 40, 1), source, 25)[0], 9)
-    twice, sizes = tome.combine(once, size, again, left)
+    twice, sizes, again = tome.reduce(tome.reduce(metric, metric, 15)[0], once, 9, size=size)
     for row in range(2):
-        for at in range(left):
+        for at in range(16):
             assert torch.allclose(twice[row, at], tokens[row, again[row][source[row]] == at].mean(0), atol=1e-5)
     assert (sizes.sum(1) == 40).all() and sizes.max() > 2
 
@@ -216,6 +226,20 @@ def test_downsample_covers_the_picture():
     cells = downsample.cells((24, 12), (7, 5)).view(24, 12)
     assert (cells.diff(dim=1) >= 0).all() and set(cells.flatten().tolist()) == set(range(35))
     assert torch.equal(downsample.cells((3, 4), (3, 4)), torch.arange(12))
+
+
+def test_merging_is_that_of_float32_under_autocast():
+    features, query, keys, hidden, keys_of = randoms((2, 40, 8), (2, 32), (2, 41, 32), (2, 41, 8), (2, 41, 8))
+    attention = randoms((2, 4, 41), seed=1)[0].softmax(-1)
+
+    def merged():
+        zipped = visionzip.reduce(hidden, attention, keys_of, 7, 3)
+        return *prumerge.reduce(features, query, keys)[0], *zipped, *tome.reduce(keys_of, hidden, 9, True)
+
+    wanted = merged()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = merged()
+    assert all(map(torch.equal, found, wanted)) and all(one.dtype == two.dtype for one, two in zip(found, wanted))
 
 
 # The whole path by hand -----------------------------------------------------------------------------------------------
@@ -245,7 +269,7 @@ def logits(lvlm, prompt, steps=3):
 def pruned(method, name="tiny-llava", options=None, steps=3):
     lvlm, prompt = example(name)
     options = OPTIONS[method] if options is None else options
-    with prune(lvlm, method.plan(lvlm, **options)) as trace, lv.pruning.engine.told(lvlm.model, prompt.groups):
+    with prune(lvlm, method(**options)) as trace, lv.pruning.engine.told(lvlm.model, prompt.groups):
         return *logits(lvlm, prompt, steps), trace.kept[0].clone()
 
 
@@ -277,11 +301,11 @@ def features_by_hand(method, model, pixels):
     number = model.config.vision_config.num_attention_heads
     patches = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
     with torch.no_grad():
-        if method in (prumerge, prumerge_plus):
+        if method in (PruMerge, PruMergePlus):
             out, parts = tower(model, pixels)
             query, keys = parts[-1, "q_proj"][0, 0], parts[-1, "k_proj"][0]
-            return plain_prumerge(out.hidden_states[-2][0, 1:], query, keys, method is prumerge_plus)[0]
-        if method is visionzip:
+            return plain_prumerge(out.hidden_states[-2][0, 1:], query, keys, method is PruMergePlus)[0]
+        if method is VisionZip:
             out, parts = tower(model, pixels)
             query, keys = heads(parts[-2, "q_proj"], number), heads(parts[-2, "k_proj"], number)
             scores = (query[:, :, :1] @ keys.transpose(2, 3) * query.shape[-1] ** -0.5).softmax(-1)[0, :, 0]
@@ -289,7 +313,7 @@ def features_by_hand(method, model, pixels):
             split = int(patches * 0.45) - contextual, contextual
             return plain_visionzip(out.hidden_states[-2][0], scores, keys[0].mean(0), *split)[0]
         vision = model.model.vision_tower
-        if method is downsample:
+        if method is Downsample:
             side = round(int(patches * 0.55) ** 0.5) * vision.config.patch_size
             small = interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
             return tower(model, small, interpolate_pos_encoding=True)[0].hidden_states[-2][0, 1:]
@@ -333,11 +357,11 @@ def test_generating_from_merged_tokens_is_the_path_by_hand(method):
 @pytest.mark.parametrize("name", ["llava", "vipllava", "llava_next", "llava_onevision", "video_llava", "deepseek_vl"])
 def test_a_batch_is_its_rows(method, name):
     lvlm, prompt = example(name)
-    if method.NEEDS_CLS and name in ("llava_onevision", "deepseek_vl"):
-        with pytest.raises(ValueError, match=r"\[CLS\].*vispruner or tome"):
+    if method.needs_cls and name in ("llava_onevision", "deepseek_vl"):
+        with pytest.raises(ValueError, match=r"\[CLS\].*vispruner or divprune"):
             pruned(method, name)
         return
-    if method is visionzip and name == "vipllava":
+    if method is VisionZip and name == "vipllava":
         with pytest.raises(ValueError, match="prumerge"):
             pruned(method, name)
         return
@@ -346,12 +370,12 @@ def test_a_batch_is_its_rows(method, name):
     assert together.isfinite().all() and (together[:, 0] - plain[:, 0]).abs().max() > 1e-2
     for row in range(3):
         alone = lv.prompt(lvlm, noise(row), question=QUESTIONS[row])
-        with prune(lvlm, method.plan(lvlm, **OPTIONS[method])) as trace:
+        with prune(lvlm, method(**OPTIONS[method])) as trace:
             with lv.pruning.engine.told(lvlm.model, alone.groups):
                 _, found = logits(lvlm, alone)
         assert (found[0, 0] - together[row, 0]).abs().max() < 1e-3
         everything = prompt.inputs["attention_mask"][row].sum()
-        assert trace.kept[0].sum() == kept[row].sum() < everything + (method is prumerge_plus)  # of 16 it may keep all
+        assert trace.kept[0].sum() == kept[row].sum() < everything + (method is PruMergePlus)  # of 16 it may keep all
     assert torch.equal(logits(lvlm, prompt)[1], plain)  # nothing stays behind
 
 
@@ -379,8 +403,8 @@ def test_merged_tokens_stand_at_their_own_patch_where_positions_are_original():
     visual = prompt.inputs["input_ids"][row] == lvlm.image_token_id
     pixels = prompt.inputs["pixel_values"][row : row + 1]
     hook = lvlm.decoder.layers[0].input_layernorm.register_forward_pre_hook(lambda norm, args: seen.append(args[0]))
-    for method in (prumerge, visionzip):
-        with prune(lvlm, method.plan(lvlm, positions="original", **OPTIONS[method])) as trace, torch.no_grad():
+    for method in (PruMerge, VisionZip):
+        with prune(lvlm, method(positions="original", **OPTIONS[method])) as trace, torch.no_grad():
             model(**prompt.inputs)
         with torch.no_grad():
             wanted = model.model.multi_modal_projector(features_by_hand(method, model, pixels)[None])[0]
@@ -391,7 +415,7 @@ def test_merged_tokens_stand_at_their_own_patch_where_positions_are_original():
         assert sorted(near.tolist()) == list(range(len(wanted))) and torch.allclose(found, wanted[near], atol=1e-4)
         places = patches[near.argsort()].tolist()
         out, parts = tower(model, pixels)
-        if method is prumerge:
+        if method is PruMerge:
             query, keys = parts[-1, "q_proj"][0, 0], parts[-1, "k_proj"][0]
             own = plain_prumerge(out.hidden_states[-2][0, 1:], query, keys, False)[1]
             assert places[:-1] == own and places[-1] == max(set(range(144)) - set(own))
@@ -405,26 +429,26 @@ def test_numbers_of_tokens():
     lvlm, prompt = example()
     visual = prompt.inputs["input_ids"] == lvlm.image_token_id
     for method, options, wanted in (
-        (prumerge, {"keep": 30}, 30), (prumerge, {"keep": 1.0}, 144), (prumerge_plus, {"keep": 30}, 30),
-        (visionzip, {}, 64), (visionzip, {"dominant": 1, "contextual": 0}, 1), (visionzip, {"keep": 1.0}, 144),
-        (visionzip, {"dominant": 20, "contextual": 7}, 27), (tome, {"keep": 20}, 20), (tome, {"r": 3}, 129),
-        (tome, {"r": [9, 0, 0, 0, 1]}, 134), (tome, {"keep": 20, "proportional": False}, 20),
-        (downsample, {"keep": 64}, 64), (downsample, {"keep": 20}, 16), (downsample, {"keep": 1.0}, 144),
+        (PruMerge, {"keep": 30}, 30), (PruMerge, {"keep": 1.0}, 144), (PruMergePlus, {"keep": 30}, 30),
+        (VisionZip, {}, 64), (VisionZip, {"dominant": 1, "contextual": 0}, 1), (VisionZip, {"keep": 1.0}, 144),
+        (VisionZip, {"dominant": 20, "contextual": 7}, 27), (ToMe, {"keep": 20}, 20), (ToMe, {"r": 3}, 129),
+        (ToMe, {"r": [9, 0, 0, 0, 1]}, 134), (ToMe, {"keep": 20, "proportional": False}, 20),
+        (Downsample, {"keep": 64}, 64), (Downsample, {"keep": 20}, 16), (Downsample, {"keep": 1.0}, 144),
     ):  # fmt: skip
         kept = pruned(method, options=options, steps=1)[2]
         assert (kept & visual).sum(1).tolist() == [wanted] * 3, (method.__name__, options)
-    for method in (tome, downsample):  # nothing merged, nothing changed
+    for method in (ToMe, Downsample):  # nothing merged, nothing changed
         assert (pruned(method, options={"keep": 1.0}, steps=1)[1] - logits(lvlm, prompt, 1)[1]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(
     ("method", "options", "words"),
     [
-        (prumerge, {"keep": 1}, "needs 2"), (prumerge, {"keep": 0}, "neither a share"),
-        (visionzip, {"dominant": 4}, "together"), (visionzip, {"dominant": 140, "contextual": 5}, "more than 144"),
-        (visionzip, {"keep": 145}, "more than the 144"), (tome, {}, "Give keep"),
-        (tome, {"keep": 9, "r": 2}, "Give keep"), (tome, {"r": [1, 2]}, "5 layers"), (tome, {"keep": 3}, "halves"),
-        (downsample, {"keep": 2.0}, "neither a share"),
+        (PruMerge, {"keep": 1}, "needs 2"), (PruMerge, {"keep": 0}, "neither a share"),
+        (VisionZip, {"dominant": 4}, "together"), (VisionZip, {"dominant": 140, "contextual": 5}, "more than 144"),
+        (VisionZip, {"keep": 145}, "more than the 144"), (ToMe, {}, "Give keep"),
+        (ToMe, {"keep": 9, "r": 2}, "Give keep"), (ToMe, {"r": [1, 2]}, "5 layers"), (ToMe, {"keep": 3}, "halves"),
+        (Downsample, {"keep": 2.0}, "neither a share"),
     ],
 )  # fmt: skip
 def test_bad_options(method, options, words):
@@ -436,10 +460,10 @@ def test_frames_of_a_video():
     lvlm = opened("video_llava")
     frames = tuple(noise(seed, 40, 40) for seed in range(3))
     prompt = lv.prompt(lvlm, None, question=QUESTIONS[0], video=frames)
-    for method in (tome, downsample):
-        with prune(lvlm, method.plan(lvlm, **OPTIONS[method])) as trace:
+    for method in (ToMe, Downsample):
+        with prune(lvlm, method(**OPTIONS[method])) as trace:
             assert isinstance(lv.generate(lvlm, prompt, max_new_tokens=3), str)
-        assert trace.mean_visual == 3 * {tome: 6, downsample: 9}[method]
+        assert trace.mean_visual == 3 * {ToMe: 6, Downsample: 9}[method]
 
 
 def test_bfloat16():
@@ -447,5 +471,5 @@ def test_bfloat16():
     _, prompt = example("llava")
     batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in prompt.inputs.items()}
     for method in METHODS:
-        with prune(model, method.plan(model, **OPTIONS[method])), torch.no_grad():
+        with prune(model, method(**OPTIONS[method])), torch.no_grad():
             assert model(**batch).logits.isfinite().all()

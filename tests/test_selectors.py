@@ -6,12 +6,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from families import build, inputs
 from recomputation import greedy
 from torch.nn.functional import normalize
 
+from lvlm_utils.methods import (
+    CDPruner,
+    DivPrune,
+    FasterVLM,
+    FastV,
+    FoPru,
+    PyramidDrop,
+    SparseVLM,
+    VisPruner,
+    cdpruner,
+    divprune,
+    fastervlm,
+    fastv,
+    fopru,
+    prune,
+    pyramiddrop,
+    sparsevlm,
+    vispruner,
+)
 from lvlm_utils.families import decoder_of
-from lvlm_utils.pruning import cdpruner, divprune, fastervlm, fastv, fopru, prune, pyramiddrop, sparsevlm, vispruner
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -155,21 +174,33 @@ def test_pyramiddrop_groups_key_heads():
     assert torch.equal(pyramiddrop.select(query, keys, 5), pyramiddrop.select(query, repeated, 5))
 
 
-PLANS = {
-    "vispruner": (vispruner.plan, {"keep": 5}), "fastervlm": (fastervlm.plan, {"keep": 5}),
-    "divprune": (divprune.plan, {"keep": 0.3}), "cdpruner": (cdpruner.plan, {"keep": 5}),
-    "fopru": (fopru.plan, {"keep": 0.3}), "row": (fopru.plan, {"keep": 0.5, "strategy": "row"}),
-    "order": (fopru.plan, {"keep": 0.3, "reorder": False}), "pool": (fopru.plan, {"significance": "pool"}),
-    "fastv": (fastv.plan, {"keep": 0.3}), "equi": (fastv.plan, {"keep": 0.3, "attention": "equi"}),
-    "sparsevlm": (sparsevlm.plan, {"keep": 0.3}), "pyramiddrop": (pyramiddrop.plan, {"keep": 0.2}),
+@pytest.mark.parametrize("name", SELECTS)
+def test_choices_are_those_of_float32_under_autocast(name):
+    features, attention = random(2, 48, 16), random(2, 4, 48, 48, seed=1).softmax(-1)
+    text, some, number = random(2, 9, 16, seed=2), features[..., 0] > 0, torch.tensor([3, 2])
+
+    def found():
+        parts = sparsevlm.raters(features, text), sparsevlm.clusters(features, some, number)
+        return SELECTS[name](features, attention, 17), *(parts if name == "sparsevlm" else ())
+
+    wanted = found()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(map(torch.equal, found(), wanted))
+
+
+IN_A_MODEL = {
+    "vispruner": VisPruner(keep=5), "fastervlm": FasterVLM(keep=5), "divprune": DivPrune(keep=0.3),
+    "cdpruner": CDPruner(keep=5), "fopru": FoPru(keep=0.3), "row": FoPru(keep=0.5, strategy="row"),
+    "order": FoPru(keep=0.3, reorder=False), "pool": FoPru(significance="pool"), "fastv": FastV(keep=0.3),
+    "equi": FastV(keep=0.3, attention="equi"), "sparsevlm": SparseVLM(keep=0.3), "pyramiddrop": PyramidDrop(keep=0.2),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", IN_A_MODEL)
 def test_in_a_model_rows_of_a_batch_do_not_touch_each_other(name):
     model = build("llava")
-    batch, (make, options) = inputs(model), PLANS[name]
-    with prune(model, make(model, **options)) as trace:
+    batch = inputs(model)
+    with prune(model, IN_A_MODEL[name]) as trace:
         together, kept = greedy(model, batch, steps=3), trace.kept
         for row, real in enumerate(batch["attention_mask"].bool()):
             one = {k: v[row : row + 1] for k, v in batch.items()}
@@ -180,6 +211,77 @@ def test_in_a_model_rows_of_a_batch_do_not_touch_each_other(name):
     assert kept[-1].sum() < batch["attention_mask"].sum()
 
 
+def one_row(name, row, args):
+    """The arguments of `select` for one prompt alone, with nothing but its own visual tokens; and which these are."""
+    if name == "fastv":
+        attention, keep = args
+        mine = attention[row, 0] > -torch.inf
+        return (attention[row : row + 1, :, mine], keep), mine
+    if name == "sparsevlm":
+        attention, raters, number = args
+        mine = attention[row, 0, 0] > -torch.inf
+        return (attention[row : row + 1, :, :, mine], raters[row : row + 1], int(number[row])), mine
+    query, keys, number, visual, alive = args
+    there = alive[row]
+    only = (query[row : row + 1], keys[row : row + 1, :, there], int(number[row]), visual[row : row + 1, there])
+    return only, there
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_vl"])
+@pytest.mark.parametrize(
+    "name, method",
+    [
+        ("fastv", FastV(0.3)), ("fastv", FastV(3, layer=1, attention="equi")),
+        ("sparsevlm", SparseVLM(0.3, positions="original")), ("pyramiddrop", PyramidDrop(0.3, positions="original")),
+    ],
+)  # fmt: skip
+def test_inside_the_model_select_chooses_for_unequal_numbers_of_visual_tokens(family, name, method, monkeypatch):
+    model, calls, module = build(family), [], {"fastv": fastv, "sparsevlm": sparsevlm, "pyramiddrop": pyramiddrop}[name]
+    real = module.select
+    monkeypatch.setattr(module, "select", lambda *args: calls.append((args, real(*args))) or calls[-1][1])
+    with prune(model, method) as trace, torch.no_grad():
+        model(**inputs(model))
+    assert len(set(trace.prefill.visual.sum(1).tolist())) > 1 and calls
+    for args, stay in calls:
+        for row in range(3):
+            alone, mine = one_row(name, row, args)
+            assert torch.equal(real(*alone)[0], stay[row, mine]) and not stay[row, ~mine].any()
+            assert 0 < stay[row].sum() < mine.sum()
+    layer, (_, stay) = method.layer or trace.prefill.at.index(1), calls[0]
+    visual = trace.prefill.visual
+    if name == "sparsevlm":  # and the means of what was recycled
+        assert (trace.kept[layer] & visual & stay).sum() == stay.sum()
+    else:
+        assert torch.equal(trace.kept[layer] & visual, stay)
+
+
+@pytest.mark.parametrize("strategy", ["rank", "row"])
+def test_fopru_in_a_model_is_the_function_on_its_towers_attention(strategy):
+    model = build("llava")
+    batch = inputs(model)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attention = model.model.vision_tower(batch["pixel_values"], output_attentions=True).attentions[-2]
+    model.set_attn_implementation("sdpa")
+    with prune(model, FoPru(0.5, strategy)) as trace, torch.no_grad():
+        model(**batch)
+    wanted = fopru.select(attention[:, :, 1:, 1:], 0.5, strategy)
+    assert torch.equal(trace.kept[0][trace.prefill.visual].view(3, 16), wanted) and wanted.sum() == 24
+
+
+def test_a_method_that_is_used_twice_remembers_each_use():
+    """Raters are noted for each method: those of the second are found among what the first has left."""
+    model = build("llava")
+    batch, first, second = inputs(model), SparseVLM(0.5, layers=(0, 1, 2)), SparseVLM(0.3, layers=(0, 1, 2))
+    with prune(model, VisPruner(keep=9)), prune(model, second) as trace, torch.no_grad():
+        model(**batch)
+    wanted = [note.clone() for note in trace.prefill.notes.values()]
+    with prune(model, first), prune(model, VisPruner(keep=9)), prune(model, second) as trace, torch.no_grad():
+        model(**batch)
+    found = list(trace.prefill.notes.values())
+    assert len(found) == 2 and torch.equal(found[1], wanted[0])
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl"])
 def test_pyramiddrop_ranks_by_the_next_layers_attention(family):
     model = build(family)
@@ -188,13 +290,39 @@ def test_pyramiddrop_ranks_by_the_next_layers_attention(family):
     with torch.no_grad():
         attention = model(**batch, output_attentions=True).attentions
     model.set_attn_implementation("sdpa")
-    with prune(model, pyramiddrop.plan(model, 3, layers=(2,), positions="original")) as trace, torch.no_grad():
+    with prune(model, PyramidDrop(3, layers=(2,), positions="original")) as trace, torch.no_grad():
         model(**batch)
     score = attention[2][:, :, -1].mean(1).masked_fill(~trace.prefill.visual, -1)
     wanted = torch.zeros_like(trace.prefill.visual).scatter(1, score.topk(3).indices, True)
     assert torch.equal(trace.kept[2] & trace.prefill.visual, wanted)
     before = attention[1][:, :, -1].mean(1).masked_fill(~trace.prefill.visual, -1)
     assert not torch.equal(wanted, torch.zeros_like(wanted).scatter(1, before.topk(3).indices, True))
+
+
+def test_pyramiddrop_reads_the_next_layer_where_and_as_it_is():
+    """A layer on another device, or offloaded, gets its input only when it is called; dtypes stand in for devices."""
+    model = build("llava")
+    batch, method = inputs(model), PyramidDrop(3, layers=(2,))
+    with prune(model, method) as trace, torch.no_grad():
+        model(**batch)
+        plain = trace.kept.clone()
+    layer = model.get_decoder().layers[2].bfloat16()
+    forward = layer.forward
+
+    def moved(hidden, position_embeddings, **kwargs):
+        angles = tuple(part.bfloat16() for part in position_embeddings)
+        return forward(hidden.bfloat16(), position_embeddings=angles, **kwargs).float()
+
+    layer.forward = moved
+    with prune(model, method) as trace, torch.no_grad():
+        model(**batch)
+    assert (trace.kept[2] & trace.prefill.visual).sum(1).tolist() == [3, 3, 3]
+    assert (trace.kept[2] & plain[2] & trace.prefill.visual).sum() >= 6  # rounding may change one
+    offloaded = cpu_offload(build("llava"), execution_device=torch.device("cpu"))
+    assert offloaded.get_decoder().layers[2].self_attn.q_proj.weight.is_meta
+    with prune(offloaded, method) as trace, torch.no_grad():
+        offloaded(**batch)
+    assert torch.equal(trace.kept, plain)
 
 
 def test_sparsevlm_ranks_by_its_raters():
@@ -205,7 +333,7 @@ def test_sparsevlm_ranks_by_its_raters():
         attention = model(**batch, output_attentions=True).attentions
         calls, decoder = [], decoder_of(model)
         hook = decoder.register_forward_pre_hook(partial(_keep, calls), with_kwargs=True)
-        with prune(model, sparsevlm.plan(model, 0.3, layers=(0, 1, 2))) as trace:
+        with prune(model, SparseVLM(0.3, layers=(0, 1, 2))) as trace:
             model(**batch)
         hook.remove()
     visual, real = trace.prefill.visual, batch["attention_mask"].bool()
@@ -215,7 +343,7 @@ def test_sparsevlm_ranks_by_its_raters():
         rates = sparsevlm.raters(hidden[None, visual[row]], hidden[None, text])
         rows = attention[0][row : row + 1, :, text][..., visual[row]]
         had = int(visual[row].sum())
-        number = int(sparsevlm._budget(0.3, torch.tensor([had]))[0, 0])
+        number = int(sparsevlm.budget(0.3, torch.tensor([had]))[0, 0])
         stay = indices(sparsevlm.select(rows, rates, number))
         left = trace.kept[1, row, visual[row]]
         assert left[stay].all() and real[row, text].all()
@@ -229,19 +357,24 @@ def _keep(calls, module, args, kwargs):
 
 @pytest.mark.parametrize("share, wanted", [(192, [300, 200, 110]), (128, [303, 110, 36]), (64, [66, 30, 17])])
 def test_sparsevlm_has_the_official_numbers(share, wanted):
-    assert sparsevlm._budget(share, torch.tensor([576]))[0].tolist() == wanted
-    assert sparsevlm._budget(share * 5, torch.tensor([2880]))[0].tolist() == [5 * n for n in wanted]
+    assert sparsevlm.budget(share, torch.tensor([576]))[0].tolist() == wanted
+    assert sparsevlm.budget(share * 5, torch.tensor([2880]))[0].tolist() == [5 * n for n in wanted]
 
 
 def test_refusals():
     model = build("llava")
-    for make, options, says in (
-        (fopru.plan, {"strategy": "column"}, "strategy='column'"),
-        (fopru.plan, {"significance": "max"}, "significance='max'"),
-        (fastv.plan, {"attention": "first"}, "attention='first'"),
-        (sparsevlm.plan, {"layers": (1, 2)}, "three that rise"),
-        (pyramiddrop.plan, {"layers": (2, 1)}, "have to rise"),
-        (vispruner.plan, {"keep": 0}, "keep=0"),
+    for method, says in (
+        (FoPru(strategy="column"), "strategy='column' is not one of rank, row"),
+        (FoPru(significance="max"), "significance='max' is not one of auto, low, given, received, sum, pool"),
+        (FastV(attention="first"), "attention='first' is not one of last, equi"),
+        (FastV(layer=0), "at least 1"),
+        (CDPruner(relevance="answer"), "relevance='answer' is not one of question"),
+        (CDPruner(relevance=lambda pictures: torch.ones(1, 2)), r"relevance is \(1, 2\), the pictures are"),
+        (SparseVLM(layers=(1, 2)), "three that rise"),
+        (PyramidDrop(layers=(2, 1)), "have to rise"),
+        (VisPruner(keep=0), "keep=0"),
+        (VisPruner(important=2), "important=2"),
+        (DivPrune(positions="anew"), "positions='anew' is not one of original, contiguous"),
     ):
-        with pytest.raises(ValueError, match=says):
-            make(model, **options)
+        with pytest.raises(ValueError, match=says), prune(model, method), torch.no_grad():
+            model(**inputs(model))

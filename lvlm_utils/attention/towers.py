@@ -52,6 +52,7 @@ class Picture:
     first, where the tower has one. sums, entropy and variance (heads, T) are those of `stream`, over all tokens.
     features: what goes into the projector, one row for each of its tokens, where pictures come to it one by one.
     size: N. merged: whether patches stand together as they are merged (the packed towers), or in reading order.
+    source: where a method merges patches inside the tower, which of its tokens each became part of, (N,).
     """
 
     tower: str
@@ -59,6 +60,7 @@ class Picture:
     features: Tensor | None = None
     size: int = 0
     merged: bool = False
+    source: Tensor | None = None
 
 
 class Towers:

@@ -6,12 +6,14 @@ for every layer. In decode steps only masks (and renumbered positions) are repla
 layers lose their hooks until the next prompt, so that a step costs what it costs without pruning.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from inspect import signature
-from typing import Any
+from numbers import Integral
+from typing import Any, Literal, Self, get_args
 from weakref import WeakSet, ref
 
 import torch
@@ -27,6 +29,7 @@ from lvlm_utils.attention.towers import SEEN, Towers
 from lvlm_utils.attention.visibility import Views
 from lvlm_utils.families import decoder_of, visual_ids
 from lvlm_utils.models import LVLM
+from lvlm_utils.pruning.keep import PRIME, mixed, top
 from lvlm_utils.pruning.pictures import Pictures, look
 from lvlm_utils.session import (
     LOCK,
@@ -41,54 +44,13 @@ from lvlm_utils.session import (
 )
 from lvlm_utils.token_groups import TokenGroups
 
-POSITIONS = ("original", "contiguous")
 FROM = ("question", "context")  # attention received from the tokens of this group only
 STATISTICS = ("last", "received", "received_mean", "equi", *FROM)
 ONE_CACHE = "generate from the whole prompt, inside one lv.prune"
 Statistic = str | Callable[["Tokens"], Tensor]
-
-
-class Method:
-    """One way to prune prompts: a dataclass whose fields are its options.
-
-    Write `choose`, and what it needs of the others:
-
-    choose(tokens): the tokens that go on, bool (batch, slots); or (that, new hidden states) where it merges.
-    layer: `choose` is called with the tokens that are about to go into this layer. `before` says so for several.
-    positions: of the tokens that stay: "original", or "contiguous", numbered anew from 0.
-    needs: layer -> which statistics of its attention `tokens.attention` shall give: names (of STATISTICS), or functions
-        from `Tokens` to queries, bool (batch, slots): the attention received from these.
-    sees: name -> tower layer (counted like a list) of what `tokens.pictures` shall give of the vision tower.
-    within: hooks of the method's own, a context manager that is open for as long as the method prunes.
-    uses_question: False where the choice is the same for all questions about one picture and context and drops nothing
-        of the question or the template; such questions can then share what is left.
-    fit: a copy with what depends on the model filled in; ValueError where the method does not fit it.
-    """
-
-    kind = "visual, inside the LLM"  # or "visual, before the LLM", or "text"
-    official = "none public"  # the official code that is matched
-    deviations = ""  # from it, and why
-    layer = 0
-    positions = "original"
-    uses_question = True
-
-    def fit(self, lvlm: LVLM | PreTrainedModel) -> "Method":
-        return self
-
-    def before(self) -> tuple[int, ...]:
-        return (self.layer,)
-
-    def needs(self) -> Mapping[int, tuple[Statistic, ...]]:
-        return {}
-
-    def sees(self) -> Mapping[str, int]:
-        return {}
-
-    def within(self, model: PreTrainedModel) -> AbstractContextManager:
-        return nullcontext()
-
-    def choose(self, tokens: "Tokens") -> Tensor | tuple[Tensor, Tensor]:
-        raise NotImplementedError(f"{type(self).__name__} has no choose(tokens).")
+Positions = Literal["original", "contiguous"]  # of the tokens that stay
+Group = Literal["system", "context", "question"]  # the groups of text that a method may be told to protect
+Chosen = Tensor | tuple[Tensor, Tensor]  # which tokens go on, bool; or that and their new hidden states
 
 
 # The prompt on its way ------------------------------------------------------------------------------------------------
@@ -208,23 +170,20 @@ class Tokens:
         """The pictures, tiles and frames, those of equal size together. ValueError where there are none."""
         return look(self)
 
-    def chosen(self) -> Tensor | tuple[Tensor, Tensor]:
-        """What `choose` returns, from what the `pictures` were told to keep: all other tokens stay."""
-        stay, hidden = self.alive & ~self.visual, self.hidden
-        for pictures in self.pictures:
-            at = pictures.rows[:, None], pictures.slots
-            stay = stay.index_put(at, pictures.kept)
-            if pictures.merged is not None:
-                new = pictures.merged.to(hidden.dtype)
-                hidden = hidden.index_put(at, new.where(pictures.kept[..., None], hidden[at]))
-        return stay if hidden is self.hidden else (stay, hidden)
+    @property
+    def whole(self) -> "Tokens":
+        """The same prompt as it was before anything was dropped: its slots are the columns. (`hidden` is not.)"""
+        stage, device = self.prefill.stages[0], self.place.device
+        return replace(self, place=stage.place.to(device), alive=stage.alive.to(device))
 
-    def best(self, score: Tensor, keep: float | int) -> Tensor:
-        """All text, and of every prompt's visual tokens the `keep` with the highest score (batch, slots)."""
-        from lvlm_utils.pruning.ranking import numbers, ranks
-
-        visual = self.visual
-        return ~visual | (ranks(score, visual) < numbers(keep, visual.sum(1))[:, None])
+    @property
+    def at_start(self) -> Tensor:
+        """Visual tokens (batch,) that went into layer 0: what shares in deeper layers are shares of."""
+        prefill = self.prefill
+        if not prefill.at:
+            return self.visual.sum(1)
+        stage, visual = prefill.stages[prefill.at[0]], prefill.visual.to(self.place.device)
+        return (visual.gather(1, stage.place.to(visual.device)) & stage.alive.to(visual.device)).sum(1)
 
     def attention(self, statistic: Statistic, layer: int | None = None) -> Tensor:
         """A statistic that the method `needs` of a layer before this one, by default the latest that has it.
@@ -236,9 +195,141 @@ class Tokens:
         if layer is None:
             layer = max((at for at, name in self.prefill.statistics if name == statistic), default=None)
         if (layer, statistic) not in self.prefill.statistics:
-            raise ValueError(f"{statistic!r} of layer {layer} was not measured: name it in the method's `needs`.")
+            name = getattr(statistic, "__name__", statistic)
+            raise ValueError(f"{name!r} of layer {layer} was not measured: name it in the method's `needs`.")
         whole = self.prefill.statistics[layer, statistic].to(self.place.device)
         return whole.gather(2, self.place[:, None].expand(-1, whole.shape[1], -1))
+
+    def only_visual(self, score: Tensor) -> Tensor:
+        """A score (batch, slots) or (batch, heads, slots) with -inf where no visual token is: no candidate in `top`."""
+        visual = self.visual if score.dim() == 2 else self.visual[:, None]
+        return score.masked_fill(~visual, -torch.inf)
+
+    def best(self, score: Tensor, keep: float | int) -> Tensor:
+        """All text, and of every prompt's visual tokens the `keep` with the highest score (batch, slots)."""
+        score = score.float().clamp(min=torch.finfo(torch.float32).min)  # a visual token stays a candidate at -inf
+        return ~self.visual | top(self.only_visual(score), keep)
+
+    def by_picture(self, choice: Callable[[Pictures], Chosen]) -> Chosen:
+        """All text, and what `choice` keeps of the `pictures`: for those of equal size, bool (P, V), or that and their
+        new hidden states (P, V, D). Visual tokens that are no patch go."""
+        stay, hidden = self.alive & ~self.visual, self.hidden
+        for pictures in self.pictures:
+            found = choice(pictures)
+            pictures.keep(*(found if isinstance(found, tuple) else (found,)))
+            at = pictures.rows[:, None], pictures.slots
+            stay = stay.index_put(at, pictures.kept)
+            if pictures.merged is not None:
+                new = pictures.merged.to(hidden.dtype)
+                hidden = hidden.index_put(at, new.where(pictures.kept[..., None], hidden[at]))
+        return stay if hidden is self.hidden else (stay, hidden)
+
+    def droppable(self, protect: Collection[Group] = ("system", "question")) -> Tensor:
+        """Text that may go, bool (batch, slots): nothing visual, not the last token, none of the groups in `protect`.
+
+        ValueError where these are not known.
+        """
+        text = self.alive & ~self.visual & ~self.last
+        if protect and self.groups is None:
+            raise ValueError(
+                f"Which tokens are {' and '.join(protect)} is not known here: ask with lv.forward or lv.generate, or "
+                "give protect=()."
+            )
+        for name in protect:
+            text = text & ~self.here(getattr(self.groups, name))
+        return text
+
+    def left_to_drop(self, share: float | Tensor, protect: Collection[Group]) -> Tensor:
+        """How many `droppable` tokens (batch,) have to go now, so that `share` of those of the whole prompt is gone."""
+        everything = self.whole.droppable(protect).sum(1)
+        gone = (everything.double() * share).long()
+        return (gone - everything + self.droppable(protect).sum(1)).clamp(min=0)
+
+    def noise(self, seed: int) -> Tensor:
+        """One pseudo-random number for every token, float64 (batch, slots), in [0, 1).
+
+        It is a hash of `seed`, of all token ids of the prompt and of the token's place among its tokens. So a prompt
+        has the same numbers in every batch, order, padding and on every device, and another question has others.
+        """
+        prompt = self.whole
+        place = prompt.alive.cumsum(1)
+        key = (mixed(mixed(prompt.ids) + place) * prompt.alive).sum(1, keepdim=True)
+        return self.here(mixed(mixed(key + seed % PRIME) + place)).double() / PRIME
+
+
+class Method:
+    """One way to prune prompts: a dataclass whose fields are its options.
+
+    Write `choose`, and what it needs of the others:
+
+    choose(tokens): the tokens that go on, bool (batch, slots); or (that, new hidden states) where it merges.
+    layer: `choose` is called with the tokens that are about to go into this layer. `before` says so for several; none
+        where the options mean that nothing goes.
+    positions: of the tokens that stay: "original", or "contiguous", numbered anew from 0.
+    needs: layer -> which statistics of its attention `tokens.attention` shall give: names ("last", "received",
+        "received_mean", "question", "context", "equi"), or functions from `Tokens` to queries, bool (batch, slots):
+        the attention received from these.
+    sees: name -> tower layer (counted like a list) of what `tokens.pictures` shall give of the vision tower.
+    within: hooks of the method's own, a context manager that is open for as long as the method prunes.
+    fit: a copy with what depends on the model filled in (`filled`); ValueError where the method does not fit it.
+
+    kind: "text", "visual, before the LLM" or "visual, inside the LLM".
+    needs_cls: whether it works only with vision towers that have a [CLS] token.
+    uses_question: False where the choice is the same for all questions about one picture and context and drops nothing
+        of the question or the template; such questions can then share what is left.
+    official, deviations: the official code that is matched, and where and why it is not.
+
+    Options called `keep` and `drop`, and those whose type is Literal, are checked by lv.prune.
+    """
+
+    kind = "visual, inside the LLM"
+    official = "none public"
+    deviations = ""
+    layer = 0
+    positions = "original"
+    needs_cls = False
+    uses_question = True
+
+    def fit(self, lvlm: LVLM | PreTrainedModel) -> Self:
+        return self
+
+    def filled(self, **values: Any) -> Self:
+        """A copy with these attributes."""
+        made = copy(self)
+        vars(made).update(values)
+        return made
+
+    def before(self) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def needs(self) -> Mapping[int, tuple[Statistic, ...]]:
+        return {}
+
+    def sees(self) -> Mapping[str, int]:
+        return {}
+
+    def within(self, model: PreTrainedModel) -> AbstractContextManager:
+        return nullcontext()
+
+    def choose(self, tokens: Tokens) -> Chosen:
+        raise NotImplementedError(f"{type(self).__name__} has no choose(tokens).")
+
+
+class PictureMethod(Method):
+    """A method before the language model that chooses among the tokens of every picture, tile or frame by itself.
+
+    Write `pick`(pictures), for pictures of equal size: which of their V tokens stay, bool (P, V); or (that, new hidden
+    states (P, V, D)) where it merges. All text stays.
+    """
+
+    kind = "visual, before the LLM"
+    uses_question = False
+
+    def pick(self, pictures: Pictures) -> Chosen:
+        raise NotImplementedError
+
+    def choose(self, tokens: Tokens) -> Chosen:
+        return tokens.by_picture(self.pick)
 
 
 class Trace:
@@ -341,14 +432,14 @@ class _Run:
         self.sees = dict(method.sees()) if self.choose else {}
         self.towers: Towers | None = None
         for layer in (*self.choose, *self.needs):
-            if not 0 <= layer < layers:
+            if not isinstance(layer, Integral) or not 0 <= layer < layers:
                 raise ValueError(f"Layer {layer} is out of range: the model has {layers} layers, 0 to {layers - 1}.")
         named = {name for names in self.needs.values() for name in names if not callable(name)}
         for given, known, what in ((named, STATISTICS, "needs"), (self.sees, SEEN, "sees")):
             if unknown := set(given) - set(known):
                 raise ValueError(f"A method {what} {', '.join(sorted(unknown))}: there are only {', '.join(known)}.")
-        if self.positions not in POSITIONS:
-            raise ValueError(f"positions={self.positions!r} is not one of {', '.join(POSITIONS)}.")
+        if self.positions not in (known := get_args(Positions)):
+            raise ValueError(f"positions={self.positions!r} is not one of {', '.join(known)}.")
         if self.positions == "contiguous" and "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
             raise ValueError(
                 f"{config.model_type} has positions on a grid (mRoPE), which cannot be numbered anew: "
@@ -379,7 +470,7 @@ class Engine:
     def enter(self, run: _Run) -> None:
         if not self.runs:
             hook = self.session.hook
-            self.hooks.callback(hook(self.model, self._before_model, self._after_model, always=True))
+            self.hooks.callback(hook(self.model, self._before_model, self._after_model, always_call=True))
             self.hooks.callback(hook(self.decoder, self._before_decoder, self._after_decoder))
             if hasattr(self.decoder, "_deepstack_process"):
                 self.hooks.callback(instead(self.decoder, "_deepstack_process", self._deepstack))
@@ -568,6 +659,11 @@ class Engine:
         return process(hidden, visual, features)
 
 
+def towers_of_method(model: PreTrainedModel, method: Method) -> Towers:
+    """What a method that prunes `model` sees of the vision towers."""
+    return next(run.towers for run in session_of(model).engine.runs if run.method is method)
+
+
 def stage_of(model: PreTrainedModel, layer: int) -> Stage | None:
     """The tokens that went into `layer` in the prefill that runs or ran last; None where the model is not pruned."""
     session = session_of(model)
@@ -636,7 +732,7 @@ def _queries(call: Call, prefill: Prefill, groups: list[Statistic]) -> Tensor:
     named = [name for name in groups if not callable(name)]
     if named and prefill.groups is None:
         raise ValueError(
-            f"Which tokens are {' and '.join(named)} is not known here: ask with lv.generate or lv.forward."
+            f"Which tokens are {' and '.join(named)} is not known here: ask with lv.forward or lv.generate."
         )
     stage, device = prefill.stages[-1], call.query.device
     place, alive = stage.place.to(device), stage.alive.to(device)

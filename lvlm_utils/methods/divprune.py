@@ -4,21 +4,18 @@ Matches the official code (vbdi/divprune, 799e2d9) pick for pick in float32: cos
 into the LLM, first the one whose nearest neighbour is furthest, then always the one furthest from all picked.
 """
 
+from dataclasses import dataclass
+from numbers import Integral
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import PreTrainedModel
 
-from lvlm_utils.models import LVLM
-from lvlm_utils.pruning.budget import check_keep, kept
-from lvlm_utils.pruning.tokens import Plan, Tokens
-
-KIND = "visual, before the LLM"
-NEEDS_CLS = False
-OFFICIAL = "vbdi/divprune 799e2d9"
-DEVIATIONS = "Same picks in float32, in which distances are computed at every dtype; a picture or tile at a time."
+from lvlm_utils.pruning.engine import PictureMethod, Positions
+from lvlm_utils.pruning.keep import check_keep, in_float32, kept
 
 
+@in_float32
 def picks(features: Tensor, number: int) -> Tensor:
     """The first `number` picks in their order, (batch, number), among features (batch, tokens, width)."""
     unit = normalize(features.float(), dim=-1)
@@ -39,17 +36,24 @@ def select(features: Tensor, keep: float | int) -> Tensor:
     """Which tokens stay, bool (batch, tokens); a share of features (batch, tokens, width) is rounded to the nearest."""
     check_keep(keep)
     tokens = features.shape[1]
-    number = max(1, round(keep * tokens)) if isinstance(keep, float) else kept(keep, tokens)
+    number = kept(keep, tokens) if isinstance(keep, Integral) else max(1, round(float(keep) * tokens))
     return torch.zeros_like(features[..., 0], dtype=torch.bool).scatter(1, picks(features, number), True)
 
 
-def plan(lvlm_or_model: LVLM | PreTrainedModel, keep: float | int = 0.098, positions: str = "contiguous") -> Plan:
-    """`keep` is a share or number for each picture, tile or frame that the tower sees."""
-    check_keep(keep)
+@dataclass
+class DivPrune(PictureMethod):
+    """Keep the visual tokens that lie furthest from each other (DivPrune).
 
-    def choose(tokens: Tokens) -> Tensor:
-        for pictures in tokens.pictures:
-            pictures.keep(select(pictures.projected, keep))
-        return tokens.chosen()
+    keep: share (rounded to the nearest) or number of the tokens of every picture, tile or frame that the tower sees
+        (the code's `SUBSET_RATIO`).
+    positions: "contiguous" as in the code.
+    """
 
-    return Plan({0: choose}, positions, asks=False)
+    keep: float | int = 0.098
+    positions: Positions = "contiguous"
+
+    official = "vbdi/divprune 799e2d9"
+    deviations = "Same picks in float32, in which distances are computed at every dtype; a picture or tile at a time."
+
+    def pick(self, pictures):
+        return select(pictures.projected, self.keep)

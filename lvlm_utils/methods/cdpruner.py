@@ -5,25 +5,17 @@ point process whose kernel is relevance x cosine x relevance, the relevance scal
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
-from transformers import PreTrainedModel
 
-from lvlm_utils.models import LVLM
-from lvlm_utils.pruning.budget import check_keep, kept
+from lvlm_utils.pruning.engine import PictureMethod, Positions
+from lvlm_utils.pruning.keep import in_float32, kept
 from lvlm_utils.pruning.pictures import Pictures
-from lvlm_utils.pruning.tokens import Plan, Tokens
 
-KIND = "visual, before the LLM"
-NEEDS_CLS = False
-OFFICIAL = "Theia-4869/CDPruner 9541616"
-DEVIATIONS = (
-    "Same indices for a given relevance; it is scaled for each picture, not over the batch. The official relevance "
-    "needs CLIP's text tower, which an LVLM lacks: by default minus the cosine of a visual token and the mean "
-    "embedding of the question."
-)
 SMALL = 1e-6  # keeps the least relevant token, and what has no volume left, above zero
 
 
@@ -37,6 +29,7 @@ def select(features: Tensor, relevance: Tensor, keep: float | int) -> Tensor:
     return torch.zeros_like(relevance, dtype=torch.bool).scatter(1, chosen, True)
 
 
+@in_float32
 def picks(features: Tensor, relevance: Tensor, number: int) -> Tensor:
     """Greedy picks in their order, (batch, number): always the token that adds most to the kernel's determinant.
 
@@ -69,35 +62,41 @@ def picks(features: Tensor, relevance: Tensor, number: int) -> Tensor:
 def by_question(pictures: Pictures) -> Tensor:
     """Minus the cosine of the projected tokens with the mean embedding of the question, (P, V).
 
-    The sign is that of the official code. Where groups are not known, the question is all text behind the pictures.
+    The sign is that of the official code. Where groups are not known, the question is all text after the pictures.
     """
     tokens = pictures.tokens
     visual = tokens.visual
-    behind = visual.flip(1).cumsum(1).flip(1) == 0
-    asked = tokens.here(tokens.groups.question) if tokens.groups is not None else behind
+    after = visual.flip(1).cumsum(1).flip(1) == 0
+    asked = tokens.here(tokens.groups.question) if tokens.groups is not None else after
     asked = (asked & tokens.alive & ~visual).float()[..., None]
     mean = (tokens.hidden.float() * asked).sum(1) / asked.sum(1).clamp(min=1)
     return -cosine_similarity(pictures.projected.float(), mean[pictures.rows][:, None], dim=-1)
 
 
-def plan(
-    lvlm_or_model: LVLM | PreTrainedModel,
-    keep: float | int = 64,
-    relevance: Tensor | Callable[[Pictures], Tensor] = by_question,
-    positions: str = "contiguous",
-) -> Plan:
-    """`keep` is a share or number for each picture, tile or frame that the tower sees.
+@dataclass
+class CDPruner(PictureMethod):
+    """Keep visual tokens that are relevant to the question and unlike each other (CDPruner).
 
-    relevance: (P, V) for the pictures of the prompts that are asked, or a function that gives it for `Pictures`.
+    keep: share or number of the tokens of every picture, tile or frame that the tower sees (`visual_token_num`).
+    relevance: "question", minus the cosine with the mean embedding of the question; or a function that gives the
+        relevance (P, V) of `Pictures`, which results cannot state as an option.
+    positions: "contiguous" as in the code.
     """
-    check_keep(keep)
 
-    def choose(tokens: Tokens) -> Tensor:
-        for pictures in tokens.pictures:
-            values = relevance(pictures) if callable(relevance) else relevance
-            if values.shape != pictures.slots.shape:
-                raise ValueError(f"relevance is {tuple(values.shape)}, the pictures are {tuple(pictures.slots.shape)}.")
-            pictures.keep(select(pictures.projected, values.to(pictures.projected.device), keep))
-        return tokens.chosen()
+    keep: float | int = 64
+    relevance: Literal["question"] | Callable[[Pictures], Tensor] = "question"
+    positions: Positions = "contiguous"
 
-    return Plan({0: choose}, positions)
+    uses_question = True
+    official = "Theia-4869/CDPruner 9541616"
+    deviations = (
+        "Same indices for a given relevance; it is scaled for each picture, not over the batch. The official relevance "
+        "needs CLIP's text tower, which an LVLM lacks: by default minus the cosine of a visual token and the mean "
+        "embedding of the question."
+    )
+
+    def pick(self, pictures):
+        values = by_question(pictures) if self.relevance == "question" else self.relevance(pictures)
+        if values.shape != pictures.slots.shape:
+            raise ValueError(f"relevance is {tuple(values.shape)}, the pictures are {tuple(pictures.slots.shape)}.")
+        return select(pictures.projected, values.to(pictures.projected.device), self.keep)

@@ -6,27 +6,21 @@ places, the most similar ones are removed, and what is left of the even ones sta
 the odd ones in the next round.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import PreTrainedModel
 
-from lvlm_utils.models import LVLM
-from lvlm_utils.pruning.budget import check_keep, kept
-from lvlm_utils.pruning.tokens import Plan, Tokens
-from lvlm_utils.pruning.vision import has_cls
+from lvlm_utils.attention.towers import has_cls
+from lvlm_utils.pruning.engine import PictureMethod, Positions
+from lvlm_utils.pruning.keep import in_float32, kept
 
-KIND = "visual, before the LLM"
-NEEDS_CLS = False
-OFFICIAL = "Theia-4869/VisPruner aefa01a"
-DEVIATIONS = (
-    "Same indices wherever the official code runs; at odd remainders and tiny budgets, where it crashes, ceil(R/2) - r "
-    "of the even tokens survive and r is at most their number. Cosines are float32 at every dtype."
-)
 REMOVED = 8  # in a round
 NEAR = 64  # neighbours listed for every token; only speed depends on it
 
 
+@in_float32
 def select(features: Tensor, cls_attention: Tensor, keep: float | int, important: float = 0.5) -> Tensor:
     """Which patches stay, bool (batch, patches).
 
@@ -91,24 +85,41 @@ def _check(important: float) -> None:
         raise ValueError(f"important={important!r} is no share in [0, 1]: 0.5 takes half of the budget by attention.")
 
 
-def plan(
-    lvlm_or_model: LVLM | PreTrainedModel,
-    keep: float | int = 64,
-    important: float = 0.5,
-    positions: str = "contiguous",
-) -> Plan:
-    """`keep` is a share or number for each picture, tile or frame that the tower sees.
+def attention_of(lvlm) -> dict[str, int]:
+    """What such methods see of the tower: [CLS] in the penultimate layer; where there is none (SigLIP) the attention
+    received in the last one, as in VisPruner's code."""
+    return {"cls": -2} if has_cls(lvlm) else {"received": -1}
 
-    Attention is that of [CLS] in the penultimate layer; a tower without one (SigLIP) gives the attention received in
-    its last layer, as in the official code. important=1 is FasterVLM, important=0 diversity alone.
+
+@dataclass
+class VisPruner(PictureMethod):
+    """Keep the patches that [CLS] attends to most, and the most diverse of the others (VisPruner).
+
+    keep: share or number of the patches of every picture, tile or frame that the tower sees (the code's
+        `visual_token_num`).
+    important: share of these, rounded down, that is taken by attention (`important_ratio`); 1 is FasterVLM, 0 diversity
+        alone.
+    positions: "contiguous" as in the code.
     """
-    check_keep(keep)
-    _check(important)
-    name, layer = ("cls", -2) if has_cls(lvlm_or_model) else ("received", -1)
 
-    def choose(tokens: Tokens) -> Tensor:
-        for pictures in tokens.pictures:
-            pictures.keep(select(pictures.features, pictures.seen(name).mean(1), keep, important))
-        return tokens.chosen()
+    keep: float | int = 64
+    important: float = 0.5
+    positions: Positions = "contiguous"
 
-    return Plan({0: choose}, positions, sees={name: layer}, asks=False)
+    seen = {"cls": -2}
+    official = "Theia-4869/VisPruner aefa01a"
+    deviations = (
+        "Same indices wherever the official code runs; at odd remainders and tiny budgets, where it crashes, "
+        "ceil(R/2) - r of the even tokens survive and r is at most their number. Cosines are float32 at every dtype."
+    )
+
+    def fit(self, lvlm):
+        _check(self.important)
+        return self.filled(seen=attention_of(lvlm))
+
+    def sees(self):
+        return self.seen
+
+    def pick(self, pictures):
+        [name] = self.seen
+        return select(pictures.features, pictures.seen(name).mean(1), self.keep, self.important)
