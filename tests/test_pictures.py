@@ -37,9 +37,7 @@ def looking(model, sees, found):
 
     def choose(tokens):
         found.extend(tokens.pictures)
-        for pictures in tokens.pictures:
-            pictures.keep(torch.ones_like(pictures.slots, dtype=torch.bool))
-        return tokens.chosen()
+        return tokens.by_picture(lambda pictures: torch.ones_like(pictures.slots, dtype=torch.bool))
 
     return Chooses((0,), choose, seen=sees)
 
@@ -131,11 +129,9 @@ def test_merged_tokens_go_on_and_dropped_ones_do_not():
     new = torch.randn(2, 16, lvlm.decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
 
     def choose(tokens):
-        (pictures,) = tokens.pictures
         kept = torch.zeros(2, 16, dtype=torch.bool)
         kept[0, [1, 5, 6]] = kept[1, [0, 15]] = True
-        pictures.keep(kept, new)
-        return tokens.chosen()
+        return tokens.by_picture(lambda pictures: (kept, new))
 
     with lv.prune(lvlm, Chooses((0,), choose, "contiguous", seen={"keys": -1})) as trace, torch.no_grad():
         logits = lvlm.model(**prompt.inputs).logits[:, -1]

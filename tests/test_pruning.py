@@ -300,8 +300,8 @@ def test_fastv_keeps_what_eager_attention_says(family, keep):
         assert not torch.equal(score.argsort(), wrong.argsort())
 
 
-@pytest.mark.parametrize("reading", context.READINGS)
-@pytest.mark.parametrize("pooling", context.POOLING)
+@pytest.mark.parametrize("reading", ["received", "received_mean", "last"])
+@pytest.mark.parametrize("pooling", ["max", "mean"])
 def test_context_drops_what_eager_attention_says(reading, pooling):
     model, batch, attention = eager_attention("llava")
     with prune(model, "context", drop=0.3, layers=[1], reading=reading, pooling=pooling, protect=()) as trace:
@@ -414,7 +414,7 @@ def test_the_model_is_as_it_was(family):
         ("context", {"drop": -0.1}, "drop=-0.1"),
         ("context", {"reading": "given"}, "reading='given'"),
         ("context", {"pooling": "sum"}, "pooling='sum'"),
-        ("context", {"protect": ("visual",)}, "protect names visual"),
+        ("context", {"protect": ("visual",)}, "protect=.visual. is not one of"),
         (Chooses((2,), None, needed={1: ("entropy",)}), {}, "needs entropy"),
         (Chooses((), None), {"keep": 0.5}, "keep cannot be given"),
     ],

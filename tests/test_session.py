@@ -17,14 +17,14 @@ from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache
 
 import lvlm_utils as lv
-from lvlm_utils.methods import Method
+from lvlm_utils.methods import Method, PictureMethod
 from lvlm_utils.session import told
 
 EVERY = ("received", "last", "groups", "entropy", "variance", "received_from", "equi")
 
 
 @dataclass
-class EveryOther(Method):
+class EveryOther(PictureMethod):
     """Drops every second visual token, and looks at the tower on the way."""
 
     layer: int = 0
@@ -32,11 +32,9 @@ class EveryOther(Method):
     def sees(self):
         return {"received": -1}
 
-    def choose(self, tokens):
-        for pictures in tokens.pictures:
-            pictures.seen("received")
-            pictures.keep((torch.arange(pictures.slots.shape[1]) % 2 == 0).expand(pictures.slots.shape))
-        return tokens.chosen()
+    def pick(self, pictures):
+        pictures.seen("received")
+        return (torch.arange(pictures.slots.shape[1]) % 2 == 0).expand(pictures.slots.shape)
 
 
 @dataclass
