@@ -15,7 +15,7 @@ import lvlm_utils as lv
 from lvlm_utils.evaluate import Store, continued, replies
 from lvlm_utils.evaluate.pruned import MEASURED, read
 from lvlm_utils.pruning import METHODS, Plan
-from lvlm_utils.pruning.engine import told
+from lvlm_utils.session import told
 
 CONTEXT = {"name": "context", "drop": 0.3, "layers": range(3)}
 BOTH = [{"name": "fastv", "keep": 0.5, "layer": 1}, {"name": "context", "drop": 0.4, "layers": [1, 2]}]

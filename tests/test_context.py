@@ -11,8 +11,8 @@ from PIL import Image
 
 import lvlm_utils as lv
 from lvlm_utils.methods import LTP, Context, Method, Random, SpAtten, context, fitted, ltp, prune, random, spatten
-from lvlm_utils.pruning.engine import told
 from lvlm_utils.pruning.engine import Tokens
+from lvlm_utils.session import told
 
 SENTENCES = (
     "The room is quiet.", "Two books lie on the table!", "There is a red chair beside the plant.", "What do you see?",

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
 import lvlm_utils as lv
 from lvlm_utils import efficiency
-from lvlm_utils.families import towers_of
 from lvlm_utils.attention.towers import tower_layers
+from lvlm_utils.families import towers_of
 
 PLAIN = ("llava", "vipllava", "llava_next", "llava_next_video", "video_llava", "llava_onevision", "deepseek_vl",
          "internvl", "idefics3", "smolvlm")  # fmt: skip

@@ -236,7 +236,7 @@ def test_the_functions_that_are_tested_are_those_that_run(name, monkeypatch):
 def test_pruning_stays_a_name_for_the_methods():
     code = (
         "import sys, lvlm_utils.pruning as p; assert 'lvlm_utils.methods' not in sys.modules;"
-        "from lvlm_utils.pruning import guards; assert guards.__name__ == 'lvlm_utils.pruning.guards';"
+        "from lvlm_utils.pruning import keep; assert keep.__name__ == 'lvlm_utils.pruning.keep';"
         "from lvlm_utils.pruning import prune, METHODS, fastv; import lvlm_utils.methods as m;"
         "assert prune is m.prune and METHODS is m.METHODS and fastv is m.fastv;"
         "assert not hasattr(p, 'fastvv') and p.random.__name__ == 'lvlm_utils.methods.random'"

@@ -1,5 +1,6 @@
 """Methods that select visual tokens: against official numbers, against plain recomputation, in batches, in models."""
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from families import build, inputs
 from recomputation import greedy
 from torch.nn.functional import normalize
 
+from lvlm_utils.families import decoder_of
 from lvlm_utils.methods import (
     CDPruner,
     DivPrune,
     FasterVLM,
     FastV,
     FoPru,
+    Method,
     PyramidDrop,
     SparseVLM,
     VisPruner,
@@ -30,7 +33,6 @@ from lvlm_utils.methods import (
     sparsevlm,
     vispruner,
 )
-from lvlm_utils.families import decoder_of
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -241,14 +243,15 @@ def test_inside_the_model_select_chooses_for_unequal_numbers_of_visual_tokens(fa
     monkeypatch.setattr(module, "select", lambda *args: calls.append((args, real(*args))) or calls[-1][1])
     with prune(model, method) as trace, torch.no_grad():
         model(**inputs(model))
-    assert len(set(trace.prefill.visual.sum(1).tolist())) > 1 and calls
+    assert len(set(trace.visual.sum(1).tolist())) > 1 and calls
     for args, stay in calls:
         for row in range(3):
             alone, mine = one_row(name, row, args)
             assert torch.equal(real(*alone)[0], stay[row, mine]) and not stay[row, ~mine].any()
             assert 0 < stay[row].sum() < mine.sum()
-    layer, (_, stay) = method.layer or trace.prefill.at.index(1), calls[0]
-    visual = trace.prefill.visual
+    first = next(number for number, kept in enumerate(trace.kept) if not kept.equal(trace.kept[0]))
+    layer, (_, stay) = method.layer or first, calls[0]
+    visual = trace.visual
     if name == "sparsevlm":  # and the means of what was recycled
         assert (trace.kept[layer] & visual & stay).sum() == stay.sum()
     else:
@@ -266,20 +269,32 @@ def test_fopru_in_a_model_is_the_function_on_its_towers_attention(strategy):
     with prune(model, FoPru(0.5, strategy)) as trace, torch.no_grad():
         model(**batch)
     wanted = fopru.select(attention[:, :, 1:, 1:], 0.5, strategy)
-    assert torch.equal(trace.kept[0][trace.prefill.visual].view(3, 16), wanted) and wanted.sum() == 24
+    assert torch.equal(trace.kept[0][trace.visual].view(3, 16), wanted) and wanted.sum() == 24
+
+
+@dataclass
+class Noted(Method):
+    """Drops nothing, and keeps what is noted of the prompt."""
+
+    found: list
+    layer: int = 3
+
+    def choose(self, tokens):
+        self.found.append([note.clone() for note in tokens.notes.values()])
+        return tokens.alive
 
 
 def test_a_method_that_is_used_twice_remembers_each_use():
     """Raters are noted for each method: those of the second are found among what the first has left."""
     model = build("llava")
     batch, first, second = inputs(model), SparseVLM(0.5, layers=(0, 1, 2)), SparseVLM(0.3, layers=(0, 1, 2))
-    with prune(model, VisPruner(keep=9)), prune(model, second) as trace, torch.no_grad():
+    notes = []
+    with prune(model, VisPruner(keep=9)), prune(model, second), prune(model, Noted(notes)), torch.no_grad():
         model(**batch)
-    wanted = [note.clone() for note in trace.prefill.notes.values()]
-    with prune(model, first), prune(model, VisPruner(keep=9)), prune(model, second) as trace, torch.no_grad():
-        model(**batch)
-    found = list(trace.prefill.notes.values())
-    assert len(found) == 2 and torch.equal(found[1], wanted[0])
+    with prune(model, first), prune(model, VisPruner(keep=9)), prune(model, Noted(notes)), prune(model, second):
+        with torch.no_grad():
+            model(**batch)
+    assert [len(one) for one in notes] == [1, 2] and torch.equal(notes[1][1], notes[0][0])
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl"])
@@ -292,10 +307,10 @@ def test_pyramiddrop_ranks_by_the_next_layers_attention(family):
     model.set_attn_implementation("sdpa")
     with prune(model, PyramidDrop(3, layers=(2,), positions="original")) as trace, torch.no_grad():
         model(**batch)
-    score = attention[2][:, :, -1].mean(1).masked_fill(~trace.prefill.visual, -1)
-    wanted = torch.zeros_like(trace.prefill.visual).scatter(1, score.topk(3).indices, True)
-    assert torch.equal(trace.kept[2] & trace.prefill.visual, wanted)
-    before = attention[1][:, :, -1].mean(1).masked_fill(~trace.prefill.visual, -1)
+    score = attention[2][:, :, -1].mean(1).masked_fill(~trace.visual, -1)
+    wanted = torch.zeros_like(trace.visual).scatter(1, score.topk(3).indices, True)
+    assert torch.equal(trace.kept[2] & trace.visual, wanted)
+    before = attention[1][:, :, -1].mean(1).masked_fill(~trace.visual, -1)
     assert not torch.equal(wanted, torch.zeros_like(wanted).scatter(1, before.topk(3).indices, True))
 
 
@@ -316,8 +331,8 @@ def test_pyramiddrop_reads_the_next_layer_where_and_as_it_is():
     layer.forward = moved
     with prune(model, method) as trace, torch.no_grad():
         model(**batch)
-    assert (trace.kept[2] & trace.prefill.visual).sum(1).tolist() == [3, 3, 3]
-    assert (trace.kept[2] & plain[2] & trace.prefill.visual).sum() >= 6  # rounding may change one
+    assert (trace.kept[2] & trace.visual).sum(1).tolist() == [3, 3, 3]
+    assert (trace.kept[2] & plain[2] & trace.visual).sum() >= 6  # rounding may change one
     offloaded = cpu_offload(build("llava"), execution_device=torch.device("cpu"))
     assert offloaded.get_decoder().layers[2].self_attn.q_proj.weight.is_meta
     with prune(offloaded, method) as trace, torch.no_grad():
@@ -336,7 +351,7 @@ def test_sparsevlm_ranks_by_its_raters():
         with prune(model, SparseVLM(0.3, layers=(0, 1, 2))) as trace:
             model(**batch)
         hook.remove()
-    visual, real = trace.prefill.visual, batch["attention_mask"].bool()
+    visual, real = trace.visual, batch["attention_mask"].bool()
     for row, hidden in enumerate(calls[0]):
         image = visual[row].nonzero()[:, 0]
         text = torch.arange(len(hidden)) > image[-1]

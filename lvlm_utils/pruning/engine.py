@@ -335,7 +335,8 @@ class PictureMethod(Method):
 class Trace:
     """What was kept in the latest prefill. Columns are those of input_ids; padding counts as not kept.
 
-    Every method that prunes the model at the same time shares one trace. kv_bytes: bytes of the key-value cache after
+    Every method that prunes the model at the same time shares one trace. visual: bool (batch, tokens), which columns
+    are visual tokens; None where the model was called without input_ids. kv_bytes: bytes of the key-value cache after
     the prefill, the whole batch with its padding; 0 without a cache.
     """
 
@@ -344,7 +345,7 @@ class Trace:
     def __init__(self):
         self._masks: list[Tensor] = []  # (batch, tokens) of every stage
         self._at: list[int] = []  # layer -> its stage
-        self._visual: Tensor | None = None
+        self.visual: Tensor | None = None
 
     def take(self, prefill: Prefill, cache: DynamicCache | None) -> None:
         """Replace what was kept, at the end of a prefill."""
@@ -352,7 +353,7 @@ class Trace:
             torch.zeros_like(s.alive[:, :1]).repeat(1, prefill.tokens).scatter(1, s.place, s.alive)
             for s in prefill.stages
         ]
-        self._at, self._visual = prefill.at, prefill.visual
+        self._at, self.visual = prefill.at, prefill.visual
         self.kv_bytes = sum(one.keys.nbytes + one.values.nbytes for one in cache.layers) if cache is not None else 0
 
     @property
@@ -376,9 +377,9 @@ class Trace:
     def mean_visual(self) -> float:
         """Visual tokens, mean over layers and samples."""
         kept = self.kept
-        if self._visual is None:
+        if self.visual is None:
             raise ValueError("Visual tokens are not known: the model was called without input_ids.")
-        return (kept & self._visual.to(kept.device)).sum(-1).double().mean().item()
+        return (kept & self.visual.to(kept.device)).sum(-1).double().mean().item()
 
     @property
     def mean_text(self) -> float:
