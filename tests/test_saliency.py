@@ -11,10 +11,10 @@ from recomputation import Chooses
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lvlm_utils as lv
 from lvlm_utils import saliency
+from lvlm_utils.attention.intercept import WATCHED
 from lvlm_utils.attention.streaming import pair_sums
 from lvlm_utils.attention.visibility import Visibility
 from lvlm_utils.methods import prune
@@ -260,7 +260,7 @@ def test_the_model_stays_as_it_was(attention):
     lvlm = processors.lvlm("internvl")
     lvlm.model.set_attn_implementation(attention)
     frozen = next(lvlm.model.parameters()).requires_grad_(False)
-    prompt, before = ask(lvlm), dict(ALL_ATTENTION_FUNCTIONS)
+    prompt, before = ask(lvlm), dict(WATCHED)
     lvlm.model(**prompt.inputs)  # transformers adds hooks of its own in the first pass
     hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in lvlm.model.modules())
     flows = [information_flow(lvlm, prompt, "yes")]
@@ -268,7 +268,7 @@ def test_the_model_stays_as_it_was(attention):
         information_flow(lvlm, prompt, "yes", pruned=torch.ones(3, 3))
     flows.append(information_flow(lvlm, prompt, "yes"))
     assert torch.equal(flows[0].groups, flows[1].groups)
-    assert dict(ALL_ATTENTION_FUNCTIONS) == before and lvlm.attention == attention
+    assert dict(WATCHED) == before and lvlm.attention == attention
     assert hooks == sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in lvlm.model.modules())
     assert [p for p in lvlm.model.parameters() if not p.requires_grad] == [frozen]
     assert all(p.grad is None for p in lvlm.model.parameters())
