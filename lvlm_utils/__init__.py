@@ -14,7 +14,7 @@ _FUNCTIONS = {
     "information_flow": "saliency",
     "answer": "evaluate",
     "summary": "evaluate",
-    "kept": "results",
+    "measured": "results",
 }
 _MODULES = ("datasets", "stats", "figures", "pruning", "efficiency")
 __all__ = ["ROOT", *_FUNCTIONS, *_MODULES]

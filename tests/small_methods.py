@@ -18,7 +18,7 @@ class Weak(Method):
     uses_question: bool = False
 
     def before(self):
-        return self.layers
+        return tuple(self.layers)
 
     def choose(self, tokens):
         may = tokens.here(tokens.groups.visual | tokens.groups.context) & tokens.alive & ~tokens.last
@@ -36,7 +36,7 @@ class Scattered(Method):
     uses_question = False
 
     def choose(self, tokens):
-        return tokens.best(((tokens.place + 1) * (self.seed + 7919) % 101).float(), self.keep)
+        return tokens.best((tokens.visual.cumsum(1) * (self.seed + 7919) % 101).float(), self.keep)
 
 
 @dataclass
