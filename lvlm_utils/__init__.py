@@ -16,7 +16,7 @@ _FUNCTIONS = {
     "information_flow": "saliency",
     "answer": "evaluate",
     "summary": "evaluate",
-    "kept": "results",
+    "measured": "results",
 }
 _MODULES = ("methods", "pruning", "samples", "efficiency", "stats", "figures")
 __all__ = ["ROOT", *_FUNCTIONS, *_MODULES]

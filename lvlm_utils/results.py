@@ -1,139 +1,414 @@
-"""Measurements kept in results/<model>/, and read back while nothing they depend on has changed."""
+"""What was asked or measured once, and is read back as long as nothing that it depends on has changed.
 
-import dis
+`key` decides what is unchanged: for answers, for measurements, for sample tables. `Store` keeps rows, `measured` keeps
+tables and arrays, `atomic` writes every file.
+"""
+
 import functools
 import hashlib
-import inspect
 import json
+import linecache
 import os
-from collections.abc import Callable, Iterable
+import shutil
+import sys
+import sysconfig
+import uuid
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 
 import numpy as np
 import pandas as pd
+import torch
+from filelock import FileLock
 from PIL import Image
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from lvlm_utils import ROOT
 from lvlm_utils.models import LVLM
 
-PACKAGE = Path(__file__).parent
-AFTERWARDS = ("figures.py", "stats.py")  # modules that only use what was measured
+MEASURED = ("mean_tokens", "mean_visual", "mean_text", "final_visual", "final_text", "final_context")
+COLUMNS = [  # of answers; evaluate.answer says what they mean
+    "sample", "image_id", "group", "length", "n_context_tokens", "n_visual_tokens", "n_prefill_tokens",
+    "n_computed_tokens", "condition", "question", "method", "keep", "options", "label", "target", "kind", "size",
+    "answer", "raw", "parsed", "correct", "margin", "error", "model", "path", "revision", "dtype", "attention",
+    "versions", "seconds", *MEASURED, "identity", "key",
+]  # fmt: skip
+LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))
+ORIENTATION = 0x0112  # the EXIF tag
 
 Measured = pd.DataFrame | dict[str, np.ndarray]
 
 
-def kept(
+class Unreadable(ValueError):
+    """The content of something cannot be read, so that nothing which depends on it can be known to be unchanged."""
+
+
+# What is unchanged ---------------------------------------------------------------------------------------------------
+def key(*values: object, aside: Iterable[object] = ()) -> str:
+    """16 characters that change with the content of `values` and with all code that runs when they are used.
+
+    values: numbers, text, lists, dicts, arrays, tensors, pictures, files (Path) and folders by their bytes; tables, in
+        whose column `image` text stands for a file; models by all their weights, settings and hooks, and what is read
+        of their processor; functions and classes by their bytecode and, in turn, everything that they name, unless it
+        belongs to an installed library, which counts by its name. Other objects that a function names count by type.
+    aside: objects that functions name and that do not count.
+
+    Raises Unreadable for offloaded weights, code without source, and values of other types.
+    """
+    read = _Reader(tuple(aside))
+    content = [read(value) for value in values]
+    content += [read.code(one) for one in read.code_met]  # grows: code names other code
+    return digest(content)
+
+
+def digest(content: object) -> str:
+    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+class _Reader:
+    """Values -> JSON. Code is only met here, and read afterwards, once each: functions may name each other."""
+
+    def __init__(self, aside: tuple[object, ...]):
+        self.aside, self.in_model = aside, False
+        self.code_met: list[FunctionType | type] = []
+        self.numbers: dict[int, int] = {}
+
+    def __call__(self, value: object, strict: bool = True) -> object:
+        go = functools.partial(self, strict=strict)
+        if any(value is one for one in self.aside):
+            return type(value).__qualname__
+        match value:
+            case Enum() | torch.dtype() | torch.device():
+                return str(value)
+            case None | bool() | int() | float() | str():
+                return value
+            case bytes():
+                return digest(value)
+            case np.generic():
+                return go(value.item())
+            case list() | tuple() | range() | dict() | set() | frozenset() if not strict and not value:
+                return type(value).__qualname__  # a register that is filled later
+            case list() | tuple() | range() | pd.Series() | pd.Index():
+                return [go(one) for one in value]
+            case set() | frozenset():
+                return sorted(json.dumps(go(one)) for one in value)
+            case dict():
+                return [[go(name), go(one)] for name, one in value.items()]
+            case Path():
+                if value.is_dir():
+                    return [[str(file.relative_to(value)), go(file)] for file in sorted(value.rglob("*"))]
+                return digest(value.read_bytes()) if value.is_file() else str(value)
+            case np.ndarray():
+                whole = value.tolist() if value.dtype.hasobject else digest(np.ascontiguousarray(value).tobytes())
+                return [value.dtype.str, value.shape, go(whole)]
+            case torch.Tensor():
+                return type(value).__qualname__ if self.in_model and not strict else _tensor(value)
+            case Image.Image():
+                shown = value.getpalette(), str(value.info.get("transparency")), value.getexif().get(ORIENTATION)
+                return [value.mode, value.size, digest(value.tobytes()), *shown]
+            case pd.DataFrame():
+                files = {"image": [Path(one) if isinstance(one, str) else one for one in value.get("image", ())]}
+                return [[name, go(files.get(name, list(column)))] for name, column in value.items()]
+            case LVLM():
+                return self._lvlm(value)
+            case torch.nn.Module():
+                return type(value).__qualname__ if self.in_model else self._model(value)
+            case PreTrainedTokenizerBase():
+                return _tokenizer(value)
+            case ProcessorMixin():
+                return self._parts(value, value.get_attributes())
+            case functools.partial():
+                return go([value.func, value.args, value.keywords])
+            case MethodType():
+                return go([value.__func__, value.__self__])
+            case staticmethod() | classmethod():
+                return go(value.__func__)
+            case property() | functools.cached_property():
+                return go([getattr(value, name, None) for name in ("func", "fget", "fset")])
+            case FunctionType():
+                return self._met(value)
+            case type():
+                return self._met(value) if _ours(value.__module__) else f"{value.__module__}.{value.__qualname__}"
+            case ModuleType() | BuiltinFunctionType():
+                return value.__name__
+            case _ if isinstance(getattr(value, "__wrapped__", None), FunctionType):  # lru_cache
+                return go(value.__wrapped__)
+            case _ if is_dataclass(value):
+                return go([type(value), *(getattr(value, field.name, None) for field in fields(value))])
+            case _ if strict and value is not pd.NA:
+                raise Unreadable(f"{type(value).__qualname__} has no content to compare")
+        return type(value).__qualname__
+
+    def _lvlm(self, lvlm: LVLM) -> list:
+        model, device = lvlm.model, lvlm.device.type
+        configs = [json.loads(one.to_json_string(use_diff=False)) for one in (model.config, model.generation_config)]
+        return [
+            self(LVLM), self(model), self(lvlm.processor), [_placeless(one) for one in configs], lvlm.window,
+            str(lvlm.dtype), lvlm.attention, torch.get_float32_matmul_precision(),
+            torch.is_autocast_enabled(device) and str(torch.get_autocast_dtype(device)),
+            *map(version, ("torch", "transformers", "tokenizers", "pillow")),
+        ]  # fmt: skip
+
+    def _model(self, model: torch.nn.Module) -> list:
+        """Weights, and what else of a module decides what it does: settings, adapters, hooks and code of the user's."""
+        named = [*model.named_parameters(), *model.named_buffers()]
+        content, classes = [[name, _tensor(tensor)] for name, tensor in named], {}
+        self.in_model = True
+        for name, module in model.named_modules():
+            own = {k: v for k, v in vars(module).items() if v is not None and (k[0] != "_" or "adapter" in k)}
+            hooks = [*own.values(), *module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            content.append([name, _placeless({k: v for k, v in own.items() if _plain(v)})])
+            content += [self(hook, strict=False) for hook in hooks if _of_the_user(hook)]
+            classes[type(module)] = None
+        self.in_model = False
+        return content + [self(one if _ours(one.__module__) else one.forward) for one in classes]
+
+    def _parts(self, processor: object, parts: Iterable[str] = ()) -> list:
+        """A processor or one of its parts, by its settings."""
+        own = sorted((name, value) for name, value in vars(processor).items() if name[0] != "_")
+        return [self(type(processor)), *(
+            [name, self._parts(value) if name in parts and not isinstance(value, PreTrainedTokenizerBase)
+             else self(value, strict=False)] for name, value in own
+        )]  # fmt: skip
+
+    def _met(self, code: FunctionType | type) -> list:
+        if id(code) not in self.numbers:
+            self.numbers[id(code)] = len(self.numbers)
+            self.code_met.append(code)
+        return ["code", self.numbers[id(code)]]
+
+    def code(self, code: FunctionType | type) -> list:
+        """A function: its bytecode, its defaults and all that it names. A class: what stands in it."""
+        loosely = functools.partial(self, strict=False)
+        if isinstance(code, type):
+            own = [(name, value) for name, value in sorted(vars(code).items()) if name[:2] != "__" or _written(value)]
+            return [code.__qualname__, loosely(code.__bases__), [[name, loosely(value)] for name, value in own]]
+        cells = dict(zip(code.__code__.co_freevars, map(_content, code.__closure__ or ())))
+        made = code.__qualname__.startswith("__create_fn__")  # by a dataclass, from its fields
+        if made or not _ours(code.__globals__.get("__name__", "")):
+            return [code.__module__, code.__qualname__, loosely(cells)]
+        if not _written(code):
+            raise Unreadable(f"{code.__qualname__} has no source to read")
+        names = sorted(_names(code.__code__))
+        around = cells | {name: code.__globals__[name] for name in names if name in code.__globals__}
+        modules = [one for one in around.values() if isinstance(one, ModuleType)]
+        modules += [import_module(name) for name in names if name.startswith("lvlm_utils.") or name in sys.modules]
+        for module in modules:  # grows: a package has modules
+            for name in names if _ours(module.__name__) else ():
+                place, value = f"{module.__name__}.{name}", getattr(module, name, None)
+                if value is not None and place not in around:
+                    around[place] = value
+                    modules += [value] if isinstance(value, ModuleType) else []
+        return [_bytecode(code.__code__), loosely([code.__defaults__, code.__kwdefaults__]),
+                [[name, loosely(value)] for name, value in sorted(around.items())]]  # fmt: skip
+
+
+def _tensor(tensor: torch.Tensor) -> list:
+    """Sums over rows and over columns of the bytes, taken as whole numbers: one changed bit changes both."""
+    if tensor.is_meta:
+        raise Unreadable("Some weights are offloaded and cannot be read")
+    try:
+        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        flat = flat.clone() if flat.storage_offset() % 8 else flat
+        words = flat[: len(flat) // 8 * 8].view(torch.int64)
+        rows = words[: len(words) // 1024 * 1024].view(-1, 1024)
+        parts = [rows.sum(0), rows.sum(1), words[rows.numel() :], flat[8 * len(words) :]]
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        raise Unreadable(f"A tensor of type {type(tensor).__qualname__} cannot be read") from error
+    return [str(tensor.dtype), list(tensor.shape), digest(b"".join(part.cpu().numpy().tobytes() for part in parts))]
+
+
+def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> list:
+    """Vocabulary and rules, without the padding and truncation that the latest call left."""
+    if not tokenizer.is_fast:
+        raise Unreadable("The rules of a slow tokenizer cannot be read")
+    rules = tokenizer.backend_tokenizer.to_str()
+    special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    return [digest(rules[rules.index('"added_tokens"') :].encode()), special, tokenizer.chat_template]
+
+
+def _placeless(config: dict) -> dict:
+    """Without the folder that a configuration was read from, in its parts too."""
+    return {name: _placeless(value) if isinstance(value, dict) else value for name, value in config.items()
+            if name not in ("_name_or_path", "name_or_path")}  # fmt: skip
+
+
+def _plain(value: object) -> bool:
+    try:
+        return bool(json.dumps(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def _of_the_user(hook: object) -> bool:
+    """Whether it is code that somebody put into a model: ours only looks, and libraries come with the model."""
+    while isinstance(hook, functools.partial | MethodType):
+        hook = getattr(hook, "func", None) or hook.__func__
+    where = getattr(hook, "__globals__", {}).get("__name__", "lvlm_utils")
+    return where.partition(".")[0] != "lvlm_utils" and _ours(where)
+
+
+def _ours(module: str) -> bool:
+    """Whether a module is of this package or of the user's, not of an installed library."""
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    installed = {"site-packages", "dist-packages"} & set(Path(file).parts) or file.startswith(LIBRARIES)
+    return module.partition(".")[0] == "lvlm_utils" or not (installed or module in sys.builtin_module_names)
+
+
+def _written(code: object) -> bool:
+    """Whether it is a function with source; what dataclasses make has none."""
+    return isinstance(code, FunctionType) and bool(linecache.getlines(code.__code__.co_filename))
+
+
+def _content(cell: object) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # still empty
+        return None
+
+
+def _names(code: CodeType) -> set[str]:
+    """Names that a function reads from around it, those of functions and comprehensions inside it too."""
+    return set(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
+def _bytecode(code: CodeType) -> list:
+    constants = [
+        _bytecode(one) if isinstance(one, CodeType) else sorted(map(repr, one)) if isinstance(one, frozenset) else repr(one)
+        for one in code.co_consts
+    ]  # fmt: skip
+    return [code.co_code.hex(), code.co_names, code.co_varnames, code.co_freevars, constants]
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A path to write to. It becomes `path` when the block ends well: a kill leaves the old file, or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def path_of(lvlm: LVLM) -> str:
+    """Where a model comes from: its folder or hub id, or "in-memory". Two models may have one name."""
+    return lvlm.model.config.name_or_path or "in-memory"
+
+
+def measured(
     lvlm: LVLM, name: str, measure: Callable[..., Measured | Iterable[pd.DataFrame]], *asked: object,
     folder: str | Path | None = None,
 ) -> Measured:  # fmt: skip
-    """What `measure(*asked)` gives: a table (several are put below each other) or a dict of arrays.
+    """What `measure(*asked)` gives, read back while nothing changed that it depends on (see `key`).
 
-    Kept as `<name>-<state>.parquet` or `.npz` in `folder`, by default results/<model>/, and read from there as long as
-    nothing changes that it depends on: the model's name, revision, dtype and attention implementation; the content of
-    `asked` (numbers, text, lists, dicts, arrays, pictures and tables, in whose column `image` a path stands for its
-    file); the source of `measure`, of the functions beside it that it uses, and the values these read; the code of this
-    package. Random generators and other objects count by their type only: make them inside `measure`.
+    lvlm: the model that is measured; others that `measure` names count too.
+    name: of the file, `<name>-<whose>-<state>.parquet` or `.npz`: whose it is depends on the model's path and revision
+        and on `asked`. Older states of the same are removed.
+    measure: gives a table, several of them (which are put below each other), or a dict of arrays. Objects that it names
+        and `key` does not know, such as random generators, count by their type: make them inside.
+    folder: by default results/<model>/.
 
-    A kill leaves the old file or the new one, never a part of one. An older state of the same name is removed. Raises
-    TypeError for something in `asked` whose content cannot be compared.
+    What cannot be read is measured every time, with a warning.
     """
     folder = ROOT / "results" / lvlm.name if folder is None else Path(folder)
-    state = _state(lvlm, measure, asked)
-    table, arrays = (folder / f"{name}-{state}{suffix}" for suffix in (".parquet", ".npz"))
-    if not table.is_file() and not arrays.is_file():
-        _write(measure(*asked), table, arrays)
-        for old in folder.glob(f"{name}-{'?' * len(state)}.*"):
-            if old.suffix in (".parquet", ".npz") and old not in (table, arrays):
-                old.unlink()
+    try:
+        whose, state = key(path_of(lvlm), lvlm.revision, asked)[:8], key(lvlm, measure)
+    except Unreadable as reason:
+        warnings.warn(f"{reason}: {name} is not reused.", stacklevel=2)
+        whose, state = digest([path_of(lvlm), lvlm.revision])[:8], "unreadable"
+    table, arrays = (folder / f"{name}-{whose}-{state}{suffix}" for suffix in (".parquet", ".npz"))
+    if state == "unreadable" or not (table.is_file() or arrays.is_file()):
+        found = measure(*asked)
+        found = found if isinstance(found, dict | pd.DataFrame) else pd.concat(found, ignore_index=True)
+        written = arrays if isinstance(found, dict) else table
+        with atomic(written) as part, part.open("wb") as file:
+            np.savez(file, **found) if isinstance(found, dict) else found.to_parquet(file)
+        for old in folder.glob(f"{name}-{whose}-*"):
+            if old.suffix in (".parquet", ".npz") and old != written:
+                old.unlink(missing_ok=True)
     if table.is_file():
         return pd.read_parquet(table)
     with np.load(arrays) as found:
         return dict(found)
 
 
-def _write(found: Measured | Iterable[pd.DataFrame], table: Path, arrays: Path) -> None:
-    if not isinstance(found, dict | pd.DataFrame):
-        found = pd.concat(found, ignore_index=True)
-    table.parent.mkdir(parents=True, exist_ok=True)
-    part = table.with_name(f"{table.stem}.{os.getpid()}.part")
+class Store:
+    """Rows of answers in a parquet file, which several runs may use at the same time, and kills do not harm.
+
+    `rows` are those that were there. New ones go to parts of their own name beside the file; `finish` merges all parts
+    that there are, of whatever run, and one run at a time does so. `path=None` keeps nothing.
+    """
+
+    def __init__(self, path: str | Path | None):
+        self.path = None if path is None else Path(path)
+        self.rows = pd.DataFrame(columns=COLUMNS)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.parts = self.path.with_name(f"{self.path.name}.parts")
+            self.alone = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+            with self.alone:
+                self.rows = self._read()
+
+    def add(self, rows: pd.DataFrame) -> None:
+        """Save `rows` at once."""
+        if self.path is not None:
+            with self.alone:
+                _write(rows, self.parts / f"{uuid.uuid4().hex}.parquet")
+
+    def stale(self, wanted: pd.DataFrame) -> pd.Series:
+        """Which rows have the identity of a wanted one, but not its key: something changed since."""
+        return self.rows["identity"].isin(wanted["identity"]) & ~self.rows["key"].isin(wanted["key"])
+
+    def finish(self, wanted: pd.DataFrame) -> None:
+        """Put everything in one file, without the rows that are stale now."""
+        if self.path is None:
+            return
+        with self.alone:
+            self.rows = self._read()
+            if (stale := self.stale(wanted)).any() or self.parts.is_dir():
+                _write(self.rows[~stale], self.path)
+                shutil.rmtree(self.parts, ignore_errors=True)
+                for dead in self.path.parent.glob(f".{self.path.name}.*.tmp"):  # of runs that were killed
+                    dead.unlink()
+
+    def _read(self) -> pd.DataFrame:
+        parts = sorted(self.parts.glob("*.parquet"), key=lambda part: part.stat().st_mtime_ns)
+        files = [_rows_of(file) for file in [self.path] * self.path.is_file() + parts]
+        if not files:
+            return self.rows.iloc[:0]
+        rows = pd.concat(files, ignore_index=True)
+        answered_last = rows["error"].isna().sort_values(kind="stable").index
+        return rows.loc[answered_last].drop_duplicates("key", keep="last").sort_index()
+
+
+def _rows_of(file: Path) -> pd.DataFrame:
+    """ValueError for a file of anything else."""
     try:
-        with part.open("wb") as file:
-            if isinstance(found, dict):
-                np.savez(file, **found)
-            else:
-                found.to_parquet(file)
-        os.replace(part, arrays if isinstance(found, dict) else table)
-    finally:
-        part.unlink(missing_ok=True)
+        rows = pd.read_parquet(file)
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise ValueError(f"{file} is not a readable parquet file: delete it, or give another out. {error}") from error
+    if missing := set(COLUMNS) - set(rows.columns):
+        what = "answers in an older layout" if "key" in rows else "no results of answer()"
+        raise ValueError(f"{file} holds {what} (no column {min(missing)}): delete it, or give another out.")
+    return rows
 
 
-def _state(lvlm: LVLM, measure: Callable, asked: tuple) -> str:
-    return _digest([_code(), _content(lvlm), _content(measure), _content(asked)])
+def _write(rows: pd.DataFrame, path: Path) -> None:
+    """Cells of mixed types as text, which is all that a column of parquet can hold."""
+    def text(cell: object) -> str | None:
+        return None if pd.api.types.is_scalar(cell) and pd.isna(cell) else str(cell)
 
-
-def _content(value: object, seen: frozenset = frozenset()) -> object:
-    """What makes a value itself, as JSON. `seen` are the functions that led here: one may call itself."""
-    go = functools.partial(_content, seen=seen)
-    match value:
-        case None | bool() | int() | float() | str():
-            return value
-        case np.generic():
-            return value.item()
-        case list() | tuple() | range():
-            return [go(one) for one in value]
-        case dict():
-            return [[go(key), go(one)] for key, one in value.items()]
-        case Path():
-            return _digest(value.read_bytes()) if value.is_file() else str(value)
-        case np.ndarray():
-            return [value.dtype.str, value.shape, _digest(np.ascontiguousarray(value).tobytes())]
-        case Image.Image():
-            return [value.mode, value.size, _digest(value.tobytes())]
-        case pd.DataFrame():
-            files = {"image": [Path(one) if isinstance(one, str) else one for one in value.get("image", ())]}
-            return [[name, go(files.get(name, list(column)))] for name, column in value.items()]
-        case LVLM():
-            return [value.name, value.revision, str(value.dtype), value.attention]
-        case functools.partial():
-            return go([value.func, value.args, value.keywords])
-        case FunctionType():
-            return None if value in seen else _function(value, seen | {value})
-    raise TypeError(f"{type(value).__name__} has no content to compare: give numbers, text, tables or pictures.")
-
-
-def _function(function: FunctionType, seen: frozenset) -> list:
-    """Source, defaults, and what is read from around it, in turn with the source of functions beside it."""
-    around = dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__ or ())))
-    around |= {name: function.__globals__[name] for name in _names(function.__code__) if name in function.__globals__}
-    parts = {"": function.__defaults__} | {
-        name: value for name, value in sorted(around.items())
-        if not isinstance(value, FunctionType) or value.__module__ == function.__module__
-    }  # fmt: skip
-    return [inspect.getsource(function), *([name, _or_type(value, seen)] for name, value in parts.items())]
-
-
-def _or_type(value: object, seen: frozenset) -> object:
-    """Modules, generators and the like, which a function may read, count by their type."""
-    try:
-        return _content(value, seen)
-    except TypeError:
-        return type(value).__qualname__
-
-
-def _names(code: CodeType) -> set[str]:
-    """Global names that a function reads, those of functions and comprehensions inside it too."""
-    own = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    return own.union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
-
-
-@functools.cache
-def _code() -> str:
-    """Changes with every file of the package through which a measurement may pass."""
-    files = sorted(file for file in PACKAGE.rglob("*.py") if file.name not in AFTERWARDS)
-    return _digest([[file.relative_to(PACKAGE).as_posix(), _digest(file.read_bytes())] for file in files])
-
-
-def _digest(content: object) -> str:
-    data = content if isinstance(content, bytes) else json.dumps(content).encode()
-    return hashlib.sha256(data).hexdigest()[:16]
+    mixed = {name: [text(cell) for cell in rows[name]] for name in rows if rows[name].dtype == object}
+    with atomic(path) as part:
+        rows.assign(**mixed).to_parquet(part, index=False)

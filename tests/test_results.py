@@ -1,4 +1,4 @@
-"""lv.kept: measurements are read back as long as nothing they depend on has changed, and never otherwise."""
+"""lv.measured: measurements are read back as long as nothing they depend on has changed, and never otherwise."""
 
 import dataclasses
 import os
@@ -45,21 +45,21 @@ def countdown(n):
 
 
 @pytest.fixture
-def keep(tiny, tmp_path):
+def measured(tiny, tmp_path):
     calls.made.clear()
-    return partial(lv.kept, tiny, folder=tmp_path / "deep" / "tiny")
+    return partial(lv.measured, tiny, folder=tmp_path / "deep" / "tiny")
 
 
-def test_a_table_is_measured_once_and_both_runs_get_the_same(keep, tmp_path):
-    first, second = keep("05_units", measure, [1, 2]), keep("05_units", measure, [1, 2])
+def test_a_table_is_measured_once_and_both_runs_get_the_same(measured, tmp_path):
+    first, second = measured("05_units", measure, [1, 2]), measured("05_units", measure, [1, 2])
     assert calls.made == ["table"]
     pd.testing.assert_frame_equal(first, second)
     pd.testing.assert_frame_equal(second, pd.concat(measure([1, 2]), ignore_index=True))
     assert [file.suffix for file in (tmp_path / "deep" / "tiny").iterdir()] == [".parquet"]
 
 
-def test_arrays_keep_dtype_shape_and_every_bit(keep):
-    first, second = keep("a", arrays, (1, 2)), keep("a", arrays, (1, 2))
+def test_arrays_keep_dtype_shape_and_every_bit(measured):
+    first, second = measured("a", arrays, (1, 2)), measured("a", arrays, (1, 2))
     assert calls.made == ["arrays"]
     for name, value in arrays((1, 2)).items():
         for found in (first[name], second[name]):
@@ -82,97 +82,72 @@ def changed_default(monkeypatch, tiny):
     monkeypatch.setattr(measure, "__defaults__", (0.25,))
 
 
-def changed_weights(monkeypatch, tiny):
-    monkeypatch.setattr(tiny, "revision", "other")
-
-
 def changed_dtype(monkeypatch, tiny):
     monkeypatch.setattr(type(tiny), "dtype", torch.float16)
 
 
-def changed_package(monkeypatch, tiny):
-    monkeypatch.setattr(results, "_code", lambda: "other")
-
-
-@pytest.mark.parametrize("change", [changed_value, changed_helper, changed_default, changed_weights, changed_dtype,
-                                    changed_package], ids=lambda change: change.__name__)  # fmt: skip
-def test_what_a_measurement_depends_on_is_noticed(keep, tiny, monkeypatch, change):
-    keep("a", measure, [1])
+@pytest.mark.parametrize("change", [changed_value, changed_helper, changed_default, changed_dtype], ids=lambda change: change.__name__)  # fmt: skip
+def test_what_a_measurement_depends_on_is_noticed(measured, tiny, monkeypatch, change):
+    measured("a", measure, [1])
     change(monkeypatch, tiny)
-    keep("a", measure, [1])
+    measured("a", measure, [1])
     assert calls.made == ["table", "table"]
 
 
-def test_package_code_is_every_file_but_the_drawing_ones(tmp_path, monkeypatch):
-    for name in ("models.py", "deep/observe.py", "figures.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("1")
-    monkeypatch.setattr(results, "PACKAGE", tmp_path)
-    code = results._code.__wrapped__
-    before = code()
-    (tmp_path / "figures.py").write_text("2")
-    assert code() == before
-    (tmp_path / "deep/observe.py").write_text("2")
-    assert code() != before
-
-
-def test_rows_count_by_content_and_pictures_by_their_bytes(keep, tmp_path):
+def test_rows_count_by_content_and_pictures_by_their_bytes(measured, tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     rows = pd.DataFrame({"image": [str(tmp_path / "a.png")], "question": ["Is it red?"], "relevance": [[{"from": 1}]]})
     os.link(tmp_path / "a.png", tmp_path / "b.png")
-    keep("a", looked, rows)
-    keep("a", looked, rows.assign(image=str(tmp_path / "b.png")))  # the same picture elsewhere
+    measured("a", looked, rows)
+    measured("a", looked, rows.assign(image=str(tmp_path / "b.png")))  # the same picture elsewhere
     assert calls.made == ["rows"]
     for other in (rows.assign(question="Is it blue?"), rows.assign(relevance=[[{"from": 2}]]), pd.concat([rows, rows]),
                   rows.assign(image=[Image.new("RGB", (8, 8), "red")])):  # fmt: skip
-        keep("a", looked, rows)
+        measured("a", looked, rows)
         calls.made.clear()
-        keep("a", looked, other)
+        measured("a", looked, other)
         assert calls.made == ["rows"]
-    keep("a", looked, rows)
+    measured("a", looked, rows)
     Image.new("RGB", (8, 8), "blue").save(tmp_path / "a.png")
     calls.made.clear()
-    keep("a", looked, rows)
+    measured("a", looked, rows)
     assert calls.made == ["rows"]
 
 
-def test_names_stand_side_by_side_and_an_older_state_is_removed(keep, tmp_path):
+def test_names_and_questions_stand_side_by_side_and_an_older_state_is_removed(measured, tmp_path, monkeypatch):
     for name, values in (("a", [1]), ("a-b", [1]), ("a", [2])):
-        keep(name, measure, values)
-    files = sorted(file.name.rsplit("-", 1)[0] for file in (tmp_path / "deep" / "tiny").iterdir())
-    assert files == ["a", "a-b"] and len(calls.made) == 3
-    keep("a-b", measure, [1])
-    keep("a", measure, [2])
-    assert len(calls.made) == 3
+        measured(name, measure, values)
+    for name, values in (("a", [1]), ("a-b", [1]), ("a", [2])):
+        measured(name, measure, values)
+    files = sorted(file.name.rsplit("-", 2)[0] for file in (tmp_path / "deep" / "tiny").iterdir())
+    assert files == ["a", "a", "a-b"] and len(calls.made) == 3
+    monkeypatch.setitem(globals(), "FACTOR", 3)
+    measured("a", measure, [2])
+    assert len(list((tmp_path / "deep" / "tiny").iterdir())) == 3 and len(calls.made) == 4
 
 
 @pytest.mark.parametrize("broken", ["to_parquet", "replace"])
-def test_a_kill_leaves_the_old_file_and_no_part(keep, tmp_path, monkeypatch, broken):
+def test_a_kill_leaves_the_old_file_and_no_part(measured, tmp_path, monkeypatch, broken):
     def kill(*_):
         raise KeyboardInterrupt
 
-    keep("a", measure, [1])
+    measured("a", measure, [1])
     before = {file: file.read_bytes() for file in (tmp_path / "deep" / "tiny").iterdir()}
     with monkeypatch.context() as patch:
         patch.setattr(pd.DataFrame if broken == "to_parquet" else os, broken, kill)
+        patch.setitem(globals(), "FACTOR", 5)
         with pytest.raises(KeyboardInterrupt):
-            keep("a", measure, [2])
+            measured("a", measure, [1])
     assert {file: file.read_bytes() for file in (tmp_path / "deep" / "tiny").iterdir()} == before
 
 
-def test_a_function_may_call_itself(keep):
-    assert keep("a", countdown, 2)["n"] == 0
-    keep("a", countdown, 2)
+def test_a_function_may_call_itself(measured):
+    assert measured("a", countdown, 2)["n"] == 0
+    measured("a", countdown, 2)
     assert len(calls.made) == 3
-
-
-def test_what_cannot_be_compared_is_one_clear_error(keep):
-    with pytest.raises(TypeError, match="Generator has no content to compare"):
-        keep("a", measure, [torch.Generator()])
-    assert not calls.made
 
 
 def test_default_folder_is_that_of_the_model(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "ROOT", tmp_path)
-    lv.kept(dataclasses.replace(tiny, name="some-model"), "a", measure, [1])
+    lv.measured(dataclasses.replace(tiny, name="some-model"), "a", measure, [1])
     assert len(list((tmp_path / "results" / "some-model").glob("a-*.parquet"))) == 1

@@ -1,24 +1,15 @@
-"""Finished sample tables on disk, and what they depend on."""
-import hashlib
-import json
-import os
+"""Finished sample tables on disk."""
 from pathlib import Path
 
 import pandas as pd
 
+from lvlm_utils import results
+
 
 def key(root: Path, tokenizer, *settings) -> str:
-    """Changes with the tokenizer, with any file of the data set (name, size, time) and with the settings."""
+    """Changes with the tokenizer, the bytes of any file of the data set, its place, and the settings."""
     files = sorted(file for folder in (root, root / "svit", root / "vg") for file in folder.glob("*.*"))
-    words = _rules(tokenizer) if getattr(tokenizer, "is_fast", False) else str(id(tokenizer))
-    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr((str(root.resolve()), words, stamps, settings)).encode()).hexdigest()[:24]
-
-
-def _rules(tokenizer) -> str:
-    """Vocabulary and rules of a fast tokenizer, without what its latest call left behind in it."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    return json.dumps({name: part for name, part in state.items() if name not in ("padding", "truncation")})
+    return results.key(str(root.resolve()), tokenizer, [[file.name, file] for file in files], settings)
 
 
 def read(file: Path) -> pd.DataFrame:
@@ -30,7 +21,5 @@ def read(file: Path) -> pd.DataFrame:
 
 def write(table: pd.DataFrame, file: Path) -> None:
     """Write the whole table or, if killed, nothing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    table.to_parquet(part)
-    os.replace(part, file)
+    with results.atomic(file) as part:
+        table.to_parquet(part)
