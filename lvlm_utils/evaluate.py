@@ -23,9 +23,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from lvlm_utils.methods import METHODS, Method, Trace, named
+from lvlm_utils.methods import METHODS, Method, Trace, fitted, named
 from lvlm_utils.methods import prune as pruning
-from lvlm_utils.models import LVLM
+from lvlm_utils.models import LVLM, evaluating
 from lvlm_utils.prefix import Ends, Reply, can_share, clusters, separate, shared
 from lvlm_utils.prompts import (
     Prompt,
@@ -38,8 +38,8 @@ from lvlm_utils.prompts import (
     render,
     tokenizer_options,
 )  # fmt: skip
-from lvlm_utils.pruning.engine import ENGINES
 from lvlm_utils.results import COLUMNS, MEASURED, Store, Unreadable, digest, fingerprint, path_of
+from lvlm_utils.session import session_of
 from lvlm_utils.token_groups import inside
 
 CONDITIONS = ("original", "white", "black", "none")
@@ -94,10 +94,10 @@ def answer(
         raise ValueError(f"batch_size={batch_size} and max_new_tokens={max_new_tokens} must be at least 1.")
     if isinstance(stop, str):
         raise ValueError(f"stop={stop!r} is one text: give a list of words.")
-    if lvlm.model in ENGINES:
+    if (session := session_of(lvlm.model)) and session.engine:
         raise ValueError("answer() inside an lv.prune would take its answers for unpruned ones: use prune=.")
     methods = _methods(prune)
-    share = share and not any([method.fit(lvlm).uses_question for method in methods])
+    share = share and not any([fitted(lvlm, method).uses_question for method in methods])
     if share and not can_share(lvlm):
         warnings.warn(f"{lvlm.name} cannot share prefixes here: slower, same answers.", stacklevel=2)
         share = False
@@ -120,6 +120,7 @@ def answer(
     pictures, fresh = [rows for rows in left if len(rows)], []
     chunks = [pictures[at : at + max(4, batch_size)] for at in range(0, len(pictures), max(4, batch_size))]
     with ExitStack() as stack:
+        stack.enter_context(evaluating(lvlm.model))
         trace = [stack.enter_context(pruning(lvlm, method)) for method in methods]
         hidden = not progress or rank > 0 or not pictures
         bar = stack.enter_context(tqdm(total=len(pictures), unit="picture", disable=hidden))

@@ -15,11 +15,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from lvlm_utils.models import LVLM
-from lvlm_utils.parts import REMOTE
 from lvlm_utils.prompts import Prompt
-from lvlm_utils.pruning.continuation import Continuation
-from lvlm_utils.pruning.engine import Trace, told
+from lvlm_utils.pruning.engine import Continuation, Trace
 from lvlm_utils.results import MEASURED
+from lvlm_utils.session import told
 from lvlm_utils.token_groups import TokenGroups
 
 GoOn = Callable[[Tensor, Tensor], Tensor]  # the next ids (rows, new), and which of them are real -> logits (rows, all)
@@ -46,7 +45,7 @@ def can_share(lvlm: LVLM) -> bool:
     text = lvlm.model.config.get_text_config()
     sliding = ["sliding_attention"] if getattr(text, "sliding_window", None) else []
     layers = getattr(text, "layer_types", None) or sliding
-    plain = not lvlm.family.grid_positions and lvlm.family not in REMOTE.values()
+    plain = not lvlm.family.grid_positions and lvlm.family.verified
     return plain and set(layers) <= {"full_attention"} and bool(_last_only(lvlm.model))
 
 

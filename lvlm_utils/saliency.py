@@ -112,7 +112,9 @@ def information_flow(
         raise ValueError("Inside lv.prune the target is one token, predicted by the last token of the prompt.")
     _check_checkpointing(model)
     recorder = _Recorder(model, layers, absolute)
-    with torch.inference_mode(False), torch.enable_grad(), _frozen(model), evaluating(model), told(model, prompt.groups):
+    with (
+        torch.inference_mode(False), torch.enable_grad(), _frozen(model), evaluating(model), told(model, prompt.groups)
+    ):  # fmt: skip
         with intercept(recorder.see, *layers):
             logits = model(**inputs, use_cache=False, logits_to_keep=columns - first).logits
         last = stage_of(model, len(layers) - 1)

@@ -15,9 +15,9 @@ from small_methods import LastRow, Picky, Scattered, Unasked, Weak
 import lvlm_utils as lv
 from lvlm_utils import evaluate, methods
 from lvlm_utils.prefix import clusters
-from lvlm_utils.pruning.continuation import Continuation
-from lvlm_utils.pruning.engine import told
+from lvlm_utils.pruning.engine import Continuation
 from lvlm_utils.results import MEASURED
+from lvlm_utils.session import told
 
 BOTH = [LastRow(keep=0.5, layer=1), Unasked(drop=0.4)]
 

@@ -171,7 +171,7 @@ def test_every_class_of_failure_is_a_row(images, monkeypatch, error, where, shar
             return found
 
         monkeypatch.setattr(type(lvlm.tokenizer), "__call__", tokenized)
-    with pytest.warns(UserWarning, match=f"1 of 6 rows failed.*{error.__name__}.*out of something"):
+    with pytest.warns(UserWarning, match="1 of 6 rows failed.*out of something"):
         found = ask(lvlm, samples, share=share)
     assert found["error"].notna().tolist() == [row == 4 for row in range(6)]
     same(found.drop(4), plain.drop(4))

@@ -483,7 +483,7 @@ def test_a_table_is_made_anew_when_a_file_changed_and_never_shared(tmp_path, tok
 def test_a_kept_table_is_read_back_as_it_was(tmp_path, tokenizer, monkeypatch):
     root = synthetic(tmp_path / "toy", pictures=3)
     made = samples.load(root, tokenizer, samples=6, cache=tmp_path)
-    monkeypatch.setattr(samples, "long_context", lambda *args, **options: pytest.fail("made again"))
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", lambda *args, **options: pytest.fail("made again"))
     tokenizer(["a b c"], truncation=True, max_length=2)  # leaves its settings in the tokenizer
     read = samples.load(root, tokenizer, samples=6, cache=tmp_path)
     pd.testing.assert_frame_equal(read, made)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from lvlm_utils import ROOT
-from lvlm_utils.datasets import kept
+from lvlm_utils.results import atomic, fingerprint
 
 from .builder import LENGTHS, long_context, size_group
 from .leaks import audit, lexicon, mentions
@@ -38,10 +38,17 @@ def load(name_or_root: str | Path, lvlm_or_tokenizer, samples: int = 600, length
         raise ValueError(f"samples ({samples}) must be a multiple of questions per picture ({questions})")
     tokenizer = getattr(lvlm_or_tokenizer, "processor", lvlm_or_tokenizer)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    key = kept.key(root, tokenizer, samples, tuple(lengths), questions, seed, context)
-    file = None if cache is None else Path(cache) / "samples" / f"{key}.parquet"
-    if file is not None and file.is_file():
-        return kept.read(file)
+    file = None
+    if cache is not None:
+        files = sorted(file for folder in (root, root / "svit", root / "vg") for file in folder.glob("*.*"))
+        settings = samples, tuple(lengths), questions, seed, context
+        key = fingerprint(str(root.resolve()), tokenizer, [[one.name, one] for one in files], settings, long_context)
+        file = Path(cache) / "samples" / f"{key}.parquet"
+        if file.is_file():
+            table = pd.read_parquet(file)
+            spans = table["relevance"]
+            table["relevance"] = [None if some is None else [dict(span) for span in some] for some in spans]
+            return table
     # what a made-up world knows beyond real data: labels.json, read by data/emoji-world/contexts.py
     world = None
     if found(root / "labels.json"):
@@ -53,5 +60,6 @@ def load(name_or_root: str | Path, lvlm_or_tokenizer, samples: int = 600, length
     if world:
         table = world.filler(table, tokenizer, seed) if context == "filler" else world.labelled(table)
     if file is not None:
-        kept.write(table, file)
+        with atomic(file) as part:
+            table.to_parquet(part)
     return table
