@@ -1,9 +1,8 @@
-"""lv.answer with shared prefixes beside separate prompts in padded batches: tokens prefilled, seconds, equal answers.
+"""lv.answer with shared beginnings beside separate prompts in padded batches: tokens computed, seconds, equal answers.
 
     python benchmarks/evaluate.py --model tiny-llava --pictures 2
 
-Both ways take turns in one process on the same samples (six questions at each of six context lengths a picture); first
-without pruning, then, on fewer, with methods whose choice depends on the question: only what comes before it is shared.
+Both ways take turns in one process on the same samples (six questions at each of six context lengths a picture).
 Prints a table and writes benchmarks/evaluate.json.
 """
 
@@ -19,8 +18,6 @@ from common import machine
 import lvlm_utils as lv
 
 WAYS = {"separate": False, "shared": True}
-ASKING = ("context", "fastv", "pyramiddrop")
-LENGTHS = (500, 1500)  # of the prompts that are pruned, about the first picture
 
 
 def main() -> None:
@@ -43,15 +40,9 @@ def main() -> None:
         "batch_size": options.batch_size, "repeats": options.repeats,
         "machine": machine(lvlm.device), **_compared(lvlm, samples, options.repeats, **ask),
     }  # fmt: skip
-    few = samples[(samples["image_id"] == samples["image_id"].iloc[0]) & samples["length"].isin(LENGTHS)]
-    report["pruned"] = {
-        name: {"prompts": len(few), **_compared(lvlm, few, options.repeats, prune={"name": name}, **ask)}
-        for name in ASKING
-    }
     options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(f"{report['model']}, {report['pictures']} pictures, {report['repeats']} repeats")
-    for name, compared in {"not pruned": report, **report["pruned"]}.items():
-        _show(name, compared)
+    _show(report)
 
 
 def _compared(lvlm: "lv.models.LVLM", samples: pd.DataFrame, repeats: int, **ask: object) -> dict:
@@ -62,7 +53,7 @@ def _compared(lvlm: "lv.models.LVLM", samples: pd.DataFrame, repeats: int, **ask
             start = time.perf_counter()
             results[way] = lv.answer(lvlm, samples, share=share, **ask)
             seconds[way].append(time.perf_counter() - start)
-    ways = {way: _facts(results[way]["n_prefill_tokens"].sum(), seconds[way]) for way in WAYS}
+    ways = {way: _facts(results[way]["n_computed_tokens"].sum(), seconds[way]) for way in WAYS}
     pairs = zip(seconds["separate"], seconds["shared"], strict=True)
     margins = [results[way]["margin"] for way in WAYS]
     return {
@@ -80,8 +71,8 @@ def _facts(tokens: int, seconds: list[float]) -> dict:
     }  # fmt: skip
 
 
-def _show(name: str, compared: dict) -> None:
-    print(f"\n{name}, {compared['prompts']} prompts\n{'':12}{'tokens':>10}{'seconds':>10}  (min to max)")
+def _show(compared: dict) -> None:
+    print(f"\n{compared['prompts']} prompts\n{'':12}{'tokens':>10}{'seconds':>10}  (min to max)")
     for way, facts in compared["ways"].items():
         spread = f"({facts['seconds_min']:.2f} to {facts['seconds_max']:.2f})"
         print(f"{way:12}{facts['tokens']:10,}{facts['seconds_median']:10.2f}  {spread}")

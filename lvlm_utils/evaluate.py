@@ -7,7 +7,8 @@ import sys
 import time
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache, partial
@@ -19,54 +20,56 @@ import pandas as pd
 import torch
 import transformers
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from lvlm_utils.methods import METHODS, Method, Trace, named, prune as pruning
+from lvlm_utils.methods import METHODS, Method, Trace, named
+from lvlm_utils.methods import prune as pruning
 from lvlm_utils.models import LVLM
 from lvlm_utils.prefix import Ends, Reply, can_share, clusters, separate, shared
-from lvlm_utils.prompts import Prompt, assemble, blank, check_length, open_image, pictures_of, process, render, tokenizer_options
+from lvlm_utils.prompts import (
+    Prompt,
+    assemble,
+    blank,
+    check_length,
+    open_image,
+    pictures_of,
+    process,
+    render,
+    tokenizer_options,
+)  # fmt: skip
 from lvlm_utils.pruning.engine import ENGINES
-from lvlm_utils.results import COLUMNS, MEASURED, Store, Unreadable, digest, key, path_of
+from lvlm_utils.results import COLUMNS, MEASURED, Store, Unreadable, digest, fingerprint, path_of
 from lvlm_utils.token_groups import inside
 
 CONDITIONS = ("original", "white", "black", "none")
 META = ["sample", "image_id", "group", "length", "label", "target", "kind", "size"]  # copied from the samples
 COUNTS = ("n_context_tokens", "n_visual_tokens", "n_prefill_tokens", "n_computed_tokens")
-NOTHING = {  # what a row says that could not be asked
-    "raw": None, "margin": np.nan, "error": None, "seconds": 0.0, **dict.fromkeys(COUNTS, 0),
-    **dict.fromkeys(MEASURED, np.nan),
-}  # fmt: skip
-PLAIN = {**dict.fromkeys(("yes", "y", "true", "1", "1.0"), "yes"), **dict.fromkeys(("no", "n", "false", "0", "0.0"), "no")}
+NUMBERS = ("margin", "seconds", *MEASURED)
+USAGE = 'give a method such as lv.methods.FastV(keep=0.5), or {"name": "fastv", "keep": 0.5}, or a list of such.'
+PLAIN = dict.fromkeys(("yes", "y", "true", "1", "1.0"), "yes") | dict.fromkeys(("no", "n", "false", "0", "0.0"), "no")
 YES_OR_NO = re.compile(
     r"\byes\s*(or|/)\s*no\b|^\W*(is|are|am|was|were|do|does|did|has|have|had|can|could|will|would|shall|should|may|"
     r"might|must|isn't|aren't|doesn't|don't)\b", re.IGNORECASE,
 )  # fmt: skip
 OPEN = re.compile(r"^\W*(what|which|who|whom|whose|where|when|why|how|describe|name|list|count)\b", re.IGNORECASE)
-USAGE = 'give a method such as lv.methods.FastV(keep=0.5), or {"name": "fastv", "keep": 0.5}, or a list of such.'
 
 
 def answer(
-    lvlm: LVLM,
-    samples: pd.DataFrame,
-    image: str = "original",
+    lvlm: LVLM, samples: pd.DataFrame, image: str = "original",
     prune: Method | Mapping[str, Any] | Sequence[Method | Mapping[str, Any]] | None = None,
-    out: str | Path | None = None,
-    batch_size: int = 8,
-    max_new_tokens: int | None = None,
-    stop: Sequence[str] | None = None,
-    share: bool = True,
-    progress: bool = True,
-) -> pd.DataFrame:
+    out: str | Path | None = None, batch_size: int = 8, max_new_tokens: int | None = None,
+    stop: Sequence[str] | None = None, share: bool = True, progress: bool = True,
+) -> pd.DataFrame:  # fmt: skip
     """Ask every row of `samples` greedily; one row of results per sample, in the same order.
 
     samples: the columns image (path or picture), context and question, and any of META and `choices`, a list of short
-        answers. `label` is a choice; yes or no (also True, 1, "TRUE") for a question that can be answered so; else any
-        text. None where it is not known.
+        answers. `label` is one of the choices; yes or no (also True, 1, "TRUE") for a question that can be answered so;
+        else any text. It may be missing.
     image: the picture shown, "original", a "white" or "black" one of the same size, or "none".
     prune: a method of lv.methods, {"name": of one, **options}, or a list of such, which act in this order.
-    out: a parquet file. Rows there are read back while nothing changed that they depend on (`results.key`); failures
-        are asked again. Several runs may use one file.
+    out: a parquet file. Rows there are read back while nothing changed that they depend on (`results.fingerprint`);
+        failures are asked again. Several runs may use one file.
     batch_size: prompts at once.
     max_new_tokens: by default 4 for questions to be answered with yes or no, 64 for others.
     stop: words that end a reply where they are its first; by default yes and no for such questions, none for others.
@@ -77,9 +80,9 @@ def answer(
     `correct` compares with the label as text: without case and punctuation at the ends. `correct` is missing where the
     label is. `margin` is the logit of yes minus that of no (best of their spellings) at the first new token.
     `n_prefill_tokens` is the length of the prompt, `n_computed_tokens` how many of these tokens were read for this row;
-    `seconds` are its share of its batch. MEASURED says what pruning left. `keep` is that of each method that has one, as
-    given. A failure is a row with `error`; one warning counts them. Rows are split over the processes of `accelerate
-    launch`.
+    `seconds` are its share of its batch. MEASURED says what pruning left: tokens that go into a layer, as mean over the
+    layers, and into the last. `keep` is that of each method that has one, as given. A failure is a row with `error`;
+    one warning counts them. Rows are split over the processes of `accelerate launch`.
 
     Raises ValueError for a wrong `image` or `prune`, a missing column, and a label or choices that do not fit.
     """
@@ -94,14 +97,14 @@ def answer(
     if lvlm.model in ENGINES:
         raise ValueError("answer() inside an lv.prune would take its answers for unpruned ones: use prune=.")
     methods = _methods(prune)
-    if methods and any(method.fit(lvlm).uses_question for method in methods):
-        share = False
+    share = share and not any([method.fit(lvlm).uses_question for method in methods])
     if share and not can_share(lvlm):
         warnings.warn(f"{lvlm.name} cannot share prefixes here: slower, same answers.", stacklevel=2)
         share = False
     store, wanted = Store(out), _wanted(lvlm, samples, image, methods, max_new_tokens, stop)
     try:
-        answered_by = key(lvlm, _ask, pruning if methods else None, [_read(method) for method in methods], aside=[METHODS])
+        used = [[type(method), _options(method, readable=True)] for method in methods]
+        answered_by = fingerprint(lvlm, _ask, pruning if methods else None, used, aside=[METHODS])
         wanted["key"] = [digest([answered_by, content]) for content in wanted["content"]]
         known = store.rows[store.rows["error"].isna()]
     except Unreadable as reason:
@@ -110,20 +113,21 @@ def answer(
     state = _processes(lvlm)
     rank, processes = (0, 1) if state is None else (state.process_index, state.num_processes)
     if (stale := int(store.stale(wanted).sum())) and rank == 0:
-        tqdm.write(f"{Path(out).name}: {stale} stale rows dropped, because the model or the data changed.", sys.stderr)
+        tqdm.write(f"{Path(out).name}: {stale} stale rows dropped: what they depend on has changed.", sys.stderr)
     # split before looking at what is done: a process that starts late may already see rows of another
     mine = [rows for _, rows in wanted.drop_duplicates("key").groupby("picture", sort=False)][rank::processes]
     left = [rows[~rows["key"].isin(known["key"])] for rows in mine]
-    pictures = [rows for rows in left if len(rows)]
-    chunk, fresh = max(4, batch_size), []  # pictures between two writes to disk
+    pictures, fresh = [rows for rows in left if len(rows)], []
+    chunks = [pictures[at : at + max(4, batch_size)] for at in range(0, len(pictures), max(4, batch_size))]
     with ExitStack() as stack:
-        traces = [stack.enter_context(pruning(lvlm, method)) for method in methods]
-        bar = stack.enter_context(tqdm(total=len(pictures), unit="picture", disable=not (progress and pictures and rank == 0)))
-        for at in range(0, len(pictures), chunk):
-            rows = _ask(lvlm, pictures[at : at + chunk], image, batch_size, share, traces[0] if traces else None)
+        trace = [stack.enter_context(pruning(lvlm, method)) for method in methods]
+        hidden = not progress or rank > 0 or not pictures
+        bar = stack.enter_context(tqdm(total=len(pictures), unit="picture", disable=hidden))
+        for chunk in chunks:
+            rows = _ask(lvlm, chunk, image, batch_size, share, trace[0] if trace else None)
             store.add(_complete(wanted[wanted["key"].isin([row["key"] for row in rows])], rows))
             fresh += rows
-            bar.update(len(pictures[at : at + chunk]))
+            bar.update(len(chunk))
     if state is not None:
         from accelerate.utils import gather_object
 
@@ -132,8 +136,8 @@ def answer(
         store.finish(wanted)
     if state is not None:
         state.wait_for_everyone()  # nobody reads the file of the next call before it is whole
-    results = _complete(wanted, [*known[known["key"].isin(wanted["key"])].to_dict("records"), *fresh])
-    results = results.set_index(samples.index)
+    known = known[known["key"].isin(wanted["key"])]
+    results = _complete(wanted, [*known.to_dict("records"), *fresh]).set_index(samples.index)
     if failed := int(results["error"].notna().sum()):
         first = results["error"].dropna().iloc[0]
         warnings.warn(f"{failed} of {len(results)} rows failed, see the column error. First: {first}", stacklevel=2)
@@ -144,8 +148,8 @@ def summary(results: pd.DataFrame) -> dict[str, int]:
     """Counts: rows, unparsed (answered, but by none of the choices), errors (not answered), and unlabelled (without a
     label, so that `correct` is missing)."""
     errors = results["error"].notna()
-    unparsed = ~results["parsed"].astype(bool) & ~errors
-    counted = {"unparsed": unparsed, "errors": errors, "unlabelled": results["correct"].isna()}
+    counted = {"unparsed": ~results["parsed"].astype(bool) & ~errors, "errors": errors}
+    counted["unlabelled"] = results["correct"].isna()
     return {"rows": len(results)} | {name: int(which.sum()) for name, which in counted.items()}
 
 
@@ -164,52 +168,41 @@ def _processes(lvlm: LVLM):
 
 # What is wanted ------------------------------------------------------------------------------------------------------
 def _methods(prune: Any) -> list[Method]:
+    def proper(one: Any) -> bool:
+        named_one = isinstance(one, Mapping) and isinstance(one.get("name"), str)
+        return named_one or isinstance(one, Method) and is_dataclass(one)
+
     several = [prune] if isinstance(prune, Method | Mapping) else prune
-    if several is None:
-        return []
-    proper = isinstance(several, list | tuple) and several and all(
-        is_dataclass(one) if isinstance(one, Method) else isinstance(one, Mapping) and isinstance(one.get("name"), str)
-        for one in several
-    )  # fmt: skip
-    if not proper:
+    if prune is not None and not (isinstance(several, list | tuple) and several and all(map(proper, several))):
         raise ValueError(f"prune={prune!r}: {USAGE} A method is a dataclass.")
-    return [one if isinstance(one, Method) else named(**one) for one in several]
+    return [one if isinstance(one, Method) else named(**one) for one in several or ()]
 
 
-def _options(method: Method) -> tuple[dict[str, Any], list[str]]:
-    """All options as JSON, and the names of those that are none."""
-    stated, odd = {}, []
+def _options(method: Method, readable: bool = False) -> dict[str, Any]:
+    """All options as JSON. One that cannot be JSON counts by its name, or, if it is to be `readable`, is Unreadable."""
+    stated = {}
     for name in dict.fromkeys([*(field.name for field in fields(method)), *vars(method)]):
         value = getattr(method, name)
         try:
             stated[name] = json.loads(json.dumps(value, default=_listed, allow_nan=False))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError) as error:
+            if readable:
+                raise Unreadable(f"The option {name} of {type(method).__name__} is no JSON") from error
             stated[name] = getattr(value, "__qualname__", type(value).__qualname__)
-            odd.append(name)
-    return stated, odd
+    return stated
 
 
 def _listed(value: Any) -> Any:
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    return sorted(value) if isinstance(value, set | frozenset) else list(value)
-
-
-def _read(method: Method) -> list:
-    """A method for its key."""
-    options, odd = _options(method)
-    if odd:
-        raise Unreadable(f"The option {odd[0]} of {type(method).__name__} is no JSON")
-    return [type(method), options]
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else sorted(value)
 
 
 def _wanted(
-    lvlm: LVLM, samples: pd.DataFrame, condition: str, methods: Sequence[Method], limit: int | None, stop: Sequence[str] | None
-) -> pd.DataFrame:
+    lvlm: LVLM, samples: pd.DataFrame, condition: str, methods: Sequence[Method], limit: int | None,
+    stop: Sequence[str] | None,
+) -> pd.DataFrame:  # fmt: skip
     """One row per sample: what is asked, how its answer is read, what it depends on, and whose it is."""
     wanted = samples.reindex(columns=[*META, "choices", "image", "context", "question"]).reset_index(drop=True)
-    names = {method: name for name, method in METHODS.items()}
-    options = [_options(method)[0] for method in methods]
+    names, options = {one: name for name, one in METHODS.items()}, [_options(method) for method in methods]
     settings = {
         "condition": condition,
         "method": "+".join(names.get(type(method), type(method).__name__) for method in methods) or "none",
@@ -217,108 +210,101 @@ def _wanted(
         "options": json.dumps(options if len(options) > 1 else [*options, {}][0], sort_keys=True),
         "model": lvlm.name, "path": path_of(lvlm), "revision": lvlm.revision,
         "dtype": str(lvlm.dtype).removeprefix("torch."), "attention": lvlm.attention,
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }  # fmt: skip
     shown, found = {}, []
     for row, index in zip(wanted.itertuples(), samples.index, strict=True):
         choices, label = _read_label(row, index)
-        tokens = limit or (4 if choices == ("yes", "no") else 64)
-        words = (choices if choices == ("yes", "no") else ()) if stop is None else tuple(stop)
+        yes_or_no = choices == ("yes", "no")
+        tokens = limit or (4 if yes_or_no else 64)
+        words = choices * yes_or_no if stop is None else tuple(stop)
         at = str(row.image) if isinstance(row.image, str | Path) else id(row.image)
-        if at not in shown:
-            shown[at] = _content(row.image, condition)
-        name = at if isinstance(at, str) and condition != "none" else shown[at]
+        shown[at] = shown[at] if at in shown else _shown(row.image, condition)
         asked = [condition, str(row.sample), str(row.context), str(row.question), tokens, words]
-        found.append({
-            "choices": choices, "label": label, "max_new_tokens": tokens, "stop": words, "picture": at,
-            "content": [*asked, shown[at]], "identity": digest([*asked, name, *settings.values()]),
-        })  # fmt: skip
-    return wanted.drop(columns=["choices", "label"]).assign(**settings).join(pd.DataFrame(found, dtype=object, columns=[
-        "choices", "label", "max_new_tokens", "stop", "picture", "content", "identity"]))  # fmt: skip
+        whose = [*asked, shown[at] if condition == "none" or isinstance(at, int) else at, *settings.values()]
+        found.append([choices, label, tokens, words, at, [*asked, shown[at]], digest(whose)])
+    columns = ("choices", "label", "max_new_tokens", "stop", "picture", "content", "identity")
+    more = {name: pd.Series([row[i] for row in found], dtype=object) for i, name in enumerate(columns)}
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return wanted.assign(**settings, **more, versions=versions)
 
 
-def _content(picture: Any, condition: str) -> str:
-    """What a picture shows; of one that cannot be opened only that, because its rows are asked again anyway."""
-    if condition == "none":
-        return ""
+def _shown(picture: Any, condition: str) -> str:
+    """What a picture shows. Of one that cannot be opened only the reason, because its rows are asked again anyway."""
     try:
-        is_path = isinstance(picture, str | Path)
-        return digest(Path(picture).read_bytes()) if is_path else key(open_image(picture))
+        if condition == "none":
+            return ""
+        is_file = isinstance(picture, str | Path)
+        return digest(Path(picture).read_bytes()) if is_file else fingerprint(open_image(picture))
     except Exception as error:  # the row will say so
         return type(error).__name__
 
 
+def _missing(cell: Any) -> bool:
+    return pd.api.types.is_scalar(cell) and (pd.isna(cell) or not str(cell).strip())
+
+
 def _read_label(row: Any, index: Any) -> tuple[tuple[str, ...], Any]:
     """(choices, label) of a sample; no choices for a free question, None for a missing label."""
-    def missing(cell: Any) -> bool:
-        return pd.api.types.is_scalar(cell) and (pd.isna(cell) or str(cell).strip() == "")
-
-    label, question = None if missing(row.label) else row.label, str(row.question)
-    if not pd.api.types.is_scalar(label):
-        raise ValueError(f"Row {index!r}: label={label!r} is no single answer.")
-    if not missing(row.choices):
-        choices = () if pd.api.types.is_scalar(row.choices) else tuple(row.choices)
-        if not choices or len({fold(str(one)) for one in choices} - {""}) < len(choices) or any(map(missing, choices)):
+    label, question = None if _missing(row.label) else row.label, str(row.question)
+    said = fold(label) if pd.api.types.is_scalar(label) else repr(label)
+    if not _missing(row.choices):
+        given = [] if pd.api.types.is_scalar(row.choices) else list(row.choices)
+        by_text = {fold(choice): str(choice) for choice in given if not _missing(choice)}
+        if not given or len(by_text) < len(given):
             raise ValueError(f"Row {index!r}: choices={row.choices!r} is no list of different short answers.")
-        by_text = {fold(str(one)): str(one) for one in choices}
         choices = tuple(by_text.values())
     else:
-        answers = ("yes", "no") if OPEN.match(question) and not isinstance(label, bool | np.bool_) else PLAIN
-        plain = label is not None and fold(str(label)) in answers
-        if not plain and not YES_OR_NO.search(question):
-            return (), label
         by_text, choices = PLAIN, ("yes", "no")
-    if label is not None and fold(str(label)) not in by_text:
-        raise ValueError(f"Row {index!r}: label={label!r} is none of {', '.join(choices)}, with which "
-                         f"{question!r} is to be answered: correct it, leave it empty, or give `choices`.")
-    return choices, None if label is None else by_text[fold(str(label))]
+        sure = choices if OPEN.match(question) and not isinstance(label, bool | np.bool_) else PLAIN
+        if said not in sure and not YES_OR_NO.search(question) and pd.api.types.is_scalar(label):
+            return (), label
+    if label is not None and said not in by_text:
+        raise ValueError(f"Row {index!r}: label={label!r} is none of {', '.join(choices)}, with which {question!r} is "
+                         "to be answered: correct it, leave it empty, or give `choices`.")  # fmt: skip
+    return choices, None if label is None else by_text[said]
 
 
 # What is said --------------------------------------------------------------------------------------------------------
-def fold(text: str) -> str:
-    """A text for comparison: NFC, without case, with single spaces, and without punctuation at the ends (but for the
-    minus of a number). A text of nothing else stays."""
+def fold(value: str | int | float) -> str:
+    """A text, or a number as people write it, for comparison: NFC, without case, with single spaces, and without
+    punctuation at the ends (but for the minus of a number). A text of nothing else stays."""
+    whole = isinstance(value, float | np.floating) and float(value).is_integer()  # a column with gaps makes 3 a 3.0
+    text = str(int(value) if whole else value)
     text = " ".join(unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold()).split())
     inner = [at for at, letter in enumerate(text) if unicodedata.category(letter)[0] not in "PZC"]
     if not inner:
         return text
-    start = inner[0] - (text[max(inner[0] - 1, 0)] == "-" and text[inner[0]].isdigit())
-    return text[start : inner[-1] + 1]
+    return text[inner[0] - (text[max(inner[0] - 1, 0)] == "-" and text[inner[0]].isdigit()) : inner[-1] + 1]
 
 
 def parse(raw: str, choices: Sequence[str] = ("yes", "no")) -> str | None:
     """The choice with which a reply begins, the longest of several, as whole words in any case; else None."""
     said = fold(raw)
     for choice in sorted(choices, key=len, reverse=True):
-        if said.startswith(fold(choice)):
-            rest = said[len(fold(choice)) :]
-            goes_on = rest and unicodedata.category(rest[0])[0] in "LMN" or re.match(r"[-'\u2019_]\w|[.,]\d", rest)
-            if not goes_on:
-                return choice
+        rest = said.removeprefix(fold(choice))
+        goes_on = unicodedata.category(rest[:1] or " ")[0] in "LMN" or re.match(r"[-'\u2019_]\w|[.,]\d", rest)
+        if said.startswith(fold(choice)) and not goes_on:
+            return choice
     return None
 
 
 def _complete(wanted: pd.DataFrame, found: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Results in the order of `wanted`; labels and the like come from there, never from an old file."""
-    found = pd.DataFrame(found, columns=["key", *NOTHING]).drop_duplicates("key", keep="last").set_index("key")
+    columns = ["key", "raw", "error", *COUNTS, *NUMBERS]
+    found = pd.DataFrame(found, columns=columns).drop_duplicates("key", keep="last").set_index("key")
     if lost := int((~wanted["key"].isin(found.index)).sum()):
         raise RuntimeError(f"{lost} of {len(wanted)} rows were not answered: did another process end early?")
     results = pd.concat([wanted.reset_index(drop=True), found.reindex(wanted["key"]).reset_index(drop=True)], axis=1)
     for name in ("raw", "error"):  # None where there is none, whether just asked or read from a file
         results[name] = results[name].astype(object).where(results[name].notna(), None)
-    results = results.astype({**dict.fromkeys(COUNTS, int), **dict.fromkeys(("margin", "seconds", *MEASURED), float)})
-    said = [raw and (parse(raw, choices) if choices else raw) for raw, choices in zip(results["raw"], results["choices"])]
+    results = results.astype(dict.fromkeys(COUNTS, int) | dict.fromkeys(NUMBERS, float))
+    said = [raw and parse(raw, choices) if choices else raw for raw, choices in zip(results["raw"], results["choices"])]
+    right = [None if label is None else bool(one) and fold(one) == fold(label)
+             for one, label in zip(said, results["label"])]  # fmt: skip
     results["answer"] = pd.Series([one or None for one in said], dtype=object)
     results["parsed"] = results["answer"].notna()
-    right = [pd.NA if label is None else bool(one) and fold(one) == fold(_text(label))
-             for one, label in zip(results["answer"], results["label"])]  # fmt: skip
-    results["correct"] = pd.array(right, dtype="boolean" if any(one is pd.NA for one in right) else bool)
+    results["correct"] = pd.array(right, dtype="boolean" if None in right else bool)
     return results[COLUMNS]
-
-
-def _text(label: Any) -> str:
-    """A number as people write it: a column with gaps makes 3 a 3.0."""
-    return str(int(label) if isinstance(label, float | np.floating) and float(label).is_integer() else label)
 
 
 # Asking --------------------------------------------------------------------------------------------------------------
@@ -340,16 +326,10 @@ def _ask(
     for rows in pictures:
         asked = _each(list(rows.itertuples()), partial(_prepare, lvlm, condition))
         done += [one for one in asked if isinstance(one, dict)]
-        asked = [one for one in asked if isinstance(one, Asked)]
-        if not share:
-            alone += asked
-            continue
-        contexts: dict[str, list[Asked]] = {}
-        for one in asked:
-            contexts.setdefault("" if trace is None else one.row.context, []).append(one)
-        for members in contexts.values():
-            found, left = _about_one_beginning(lvlm, members, batch_size, trace)
-            done, alone = done + found, alone + left
+        ready = [one for one in asked if isinstance(one, Asked)]
+        for group, cuts in _alike(lvlm, ready, trace) if share else [(ready, None)]:
+            found = _together(lvlm, group, cuts, batch_size, trace) if cuts and len(group) > 1 else []
+            done, alone = done + found, alone + ([] if found else group)
     alone.sort(key=lambda one: len(one.ids))  # equal lengths together: little padding
     for at in range(0, len(alone), batch_size):
         done += _each(alone[at : at + batch_size], partial(_separately, lvlm, trace))
@@ -366,12 +346,10 @@ def _each(rows: list, run: Callable[[list], list]) -> list:
         return [_found(rows[0], error=f"{type(error).__name__}: {error}")]
 
 
-def _prepare(lvlm: LVLM, condition: str, rows: list) -> list["Asked | dict"]:
+def _prepare(lvlm: LVLM, condition: str, rows: list) -> "list[Asked | dict]":
     """Samples about one picture, tokenised in full, one by one; the picture is processed once."""
-    picture = None
-    if condition != "none":
-        picture = open_image(rows[0].image)
-        picture = picture if condition == "original" else blank(picture, condition)
+    picture = None if condition == "none" else open_image(rows[0].image)
+    picture = picture if condition in ("original", "none") else blank(picture, condition)
     rendered = [render(lvlm, picture is not None, row.context, row.question) for row in rows]
     _, replaced = process(lvlm, [pictures_of(picture)], [None], rendered[:1])
     rendered = [one.expanded(replaced[0]) for one in rendered]
@@ -380,38 +358,30 @@ def _prepare(lvlm: LVLM, condition: str, rows: list) -> list["Asked | dict"]:
     for row, text, ids, offsets in zip(rows, rendered, batch["input_ids"], batch["offset_mapping"], strict=True):
         context = inside(torch.from_numpy(np.array(offsets)), text.spans.get("context"))  # numpy reads lists faster
         counts = int(context.sum()), ids.count(lvlm.image_token_id), len(ids)
-        one = Asked(row, picture, ids, dict(zip(COUNTS, counts)))
+        asked.append(Asked(row, picture, ids, dict(zip(COUNTS, counts))))
         try:
             check_length(lvlm, len(ids))
-            asked.append(one)
         except ValueError as error:
-            asked.append(_found(one, error=str(error)))
+            asked[-1] = _found(asked[-1], error=str(error))
     return asked
 
 
-def _about_one_beginning(
-    lvlm: LVLM, asked: list[Asked], batch_size: int, trace: Trace | None
-) -> tuple[list[dict], list[Asked]]:
-    """(what was found, what is to be asked alone) of prompts about one picture, or about one context where it is
-    pruned. A beginning that is pruned ends after the first token of the question or template that all share, so that
-    its last token is one that stays anyway."""
-    done, alone = [], []
-    least = max((at + 1 for at, token in enumerate(asked[0].ids) if token == lvlm.image_token_id), default=0)
-    if trace is not None:
-        groups = _assembled(lvlm, asked[:1]).groups
-        least = max((groups.visual | groups.context)[0].nonzero()[:, 0].tolist(), default=-1) + 2
-    for rows, cuts in clusters([one.ids for one in asked], least):
-        group = [asked[row] for row in rows]
-        if len(group) == 1:
-            alone += group
-            continue
-        try:
-            start, ids = time.perf_counter(), [one.ids for one in group]
-            replies = shared(lvlm, _assembled(lvlm, group[:1]), ids, cuts, _ends(lvlm, group), batch_size, trace)
-            done += _results(lvlm, group, replies, time.perf_counter() - start)
-        except Exception:  # asked alone, each will say itself what is wrong
-            alone += group
-    return done, alone
+def _alike(lvlm: LVLM, asked: list[Asked], trace: Trace | None) -> Iterator[tuple[list[Asked], list[int]]]:
+    """Prompts about one picture that share a beginning, with their cuts; if it is pruned, about one context too.
+
+    A beginning that is pruned ends after the first token of the question or template that all share, so that its last
+    token is one that stays anyway.
+    """
+    contexts = defaultdict(list)
+    for one in asked:
+        contexts[trace and one.row.context].append(one)
+    for members in contexts.values():
+        least = max((at + 1 for at, token in enumerate(members[0].ids) if token == lvlm.image_token_id), default=0)
+        if trace is not None:
+            groups = _assembled(lvlm, members[:1]).groups
+            least = max((groups.visual | groups.context)[0].nonzero()[:, 0].tolist(), default=-1) + 2
+        for rows, cuts in clusters([one.ids for one in members], least):
+            yield [members[row] for row in rows], cuts
 
 
 def _assembled(lvlm: LVLM, asked: list[Asked]) -> Prompt:
@@ -419,50 +389,56 @@ def _assembled(lvlm: LVLM, asked: list[Asked]) -> Prompt:
     return assemble(lvlm, [one.picture for one in asked], [row.context for row in rows], [row.question for row in rows])
 
 
+def _together(lvlm: LVLM, asked: list[Asked], cuts: list[int], batch_size: int, trace: Trace | None) -> list[dict]:
+    """After a beginning that is read once; nothing where that fails."""
+    start, ids = time.perf_counter(), [one.ids for one in asked]
+    try:
+        replies = shared(lvlm, _assembled(lvlm, asked[:1]), ids, cuts, _ends(lvlm, asked), batch_size, trace)
+        return _results(lvlm, asked, replies, start)
+    except Exception:  # asked alone, each will say itself what is wrong
+        return []
+
+
 def _separately(lvlm: LVLM, trace: Trace | None, asked: list[Asked]) -> list[dict]:
     """Prompts as one left-padded batch."""
     start = time.perf_counter()
-    replies = separate(lvlm, _assembled(lvlm, asked), _ends(lvlm, asked), trace)
-    return _results(lvlm, asked, replies, time.perf_counter() - start)
+    return _results(lvlm, asked, separate(lvlm, _assembled(lvlm, asked), _ends(lvlm, asked), trace), start)
 
 
 def _ends(lvlm: LVLM, asked: list[Asked]) -> list[Ends]:
     ends = lvlm.model.generation_config.eos_token_id
     ends = lvlm.tokenizer.eos_token_id if ends is None else ends
-    ends = set(ends) if isinstance(ends, list | tuple) else {ends} - {None}
-    return [partial(_end, lvlm.tokenizer, ends, one.row.max_new_tokens, one.row.stop) for one in asked]
+    ends = set(ends) if isinstance(ends, list | tuple) else {ends}
+    decoded = partial(lvlm.tokenizer.decode, skip_special_tokens=True)
+    return [partial(_end, decoded, ends, one.row.max_new_tokens, one.row.stop) for one in asked]
 
 
-def _end(tokenizer: PreTrainedTokenizerBase, ends: set[int], limit: int, stop: Sequence[str], ids: list[int]) -> int | None:
+def _end(decoded: Callable, ends: set[int], limit: int, stop: Sequence[str], ids: list[int]) -> int | None:
     """How many of the new `ids` are the reply; None if it goes on. A word has ended once a letter more would begin
     another; what ended it is not read."""
-    if stop and (word := parse(_decoded(tokenizer, ids) + "x", stop)):
-        return len(ids) - (parse(_decoded(tokenizer, ids[:-1]), stop) == word)
+    if stop and (word := parse(decoded(ids) + "x", stop)):
+        return len(ids) - (parse(decoded(ids[:-1]), stop) == word)
     return len(ids) if ids[-1] in ends or len(ids) >= limit else None
 
 
-def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def _results(lvlm: LVLM, asked: list[Asked], replies: list[Reply], seconds: float) -> list[dict]:
-    found, tokenizer = [], lvlm.tokenizer
+def _results(lvlm: LVLM, asked: list[Asked], replies: list[Reply], start: float) -> list[dict]:
+    """Rows of a batch that was begun at `start`."""
+    found, tokenizer, seconds = [], lvlm.tokenizer, (time.perf_counter() - start) / len(asked)
     for one, reply in zip(asked, replies, strict=True):
         yes, no = (reply.logits[word_ids(tokenizer, len(tokenizer), word)] for word in ("yes", "no"))
-        tokens, visual, context = len(one.ids), one.counts["n_visual_tokens"], one.counts["n_context_tokens"]
+        margin = float(yes.max() - no.max()) if len(yes) and len(no) else np.nan
+        context, visual, tokens = one.counts.values()
         whole = dict(zip(MEASURED, (tokens, visual, tokens - visual, visual, tokens - visual, context), strict=True))
-        found.append(_found(
-            one, raw=_decoded(tokenizer, reply.ids).strip(), seconds=seconds / len(asked),
-            margin=float(yes.max() - no.max()) if len(yes) and len(no) else np.nan,
-            n_computed_tokens=reply.computed, **(reply.kept or whole),
-        ))  # fmt: skip
+        raw = tokenizer.decode(reply.ids, skip_special_tokens=True).strip()
+        found.append(_found(one, raw=raw, margin=margin, seconds=seconds, n_computed_tokens=reply.computed,
+                            **(reply.kept or whole)))  # fmt: skip
     return found
 
 
 def _found(one: Any, **what: Any) -> dict[str, Any]:
     """What was found for a sample, ready for the model or not."""
     row, counts = (one.row, one.counts) if isinstance(one, Asked) else (one, {})
-    return {"key": row.key, **NOTHING, **counts, **what}
+    return {"key": row.key, "raw": None, "error": None, "seconds": 0.0, **dict.fromkeys(COUNTS, 0), **counts, **what}
 
 
 @lru_cache(maxsize=16)

@@ -8,8 +8,8 @@ positions that it has alone. There is one loop of decoding: the largest logit, w
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from inspect import signature
+from os.path import commonprefix
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -58,19 +58,12 @@ def clusters(ids: Sequence[list[int]], least: int) -> Iterator[tuple[list[int], 
     """
     left = sorted(range(len(ids)), key=lambda row: len(ids[row]), reverse=True)
     while left:
-        anchor = np.asarray(ids[left[0]])
-        rows, cuts, rest = [], [], []
-        for row in left:
-            mine = np.asarray(ids[row])
-            differs = mine != anchor[: len(mine)]
-            cut = min(int(differs.argmax()) if differs.any() else len(mine), len(mine) - 1)
-            shares = row == left[0] or (cut >= max(least, 1) and len(mine) - cut <= max(64, cut))
-            (rows if shares else rest).append(row)
-            cuts += [cut] * shares
-        if len(rows) > 1:
-            cuts[0] = max(cuts[1:])  # the anchor needs no longer beginning than the others use
-        yield rows, cuts
-        left = rest
+        anchor, *others = left
+        cuts = {row: min(len(commonprefix([ids[anchor], ids[row]])), len(ids[row]) - 1) for row in others}
+        cuts = {row: cut for row, cut in cuts.items() if cut >= max(least, 1) and len(ids[row]) - cut <= max(64, cut)}
+        cuts = {anchor: max(cuts.values(), default=len(ids[anchor]) - 1), **cuts}  # no more than the others need
+        yield list(cuts), list(cuts.values())
+        left = [row for row in others if row not in cuts]
 
 
 class Fork:
@@ -177,10 +170,11 @@ def _forked(lvlm: LVLM, cache: DynamicCache, cuts: Sequence[int]) -> Fork:
 
 def _padded(lvlm: LVLM, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
     """Token ids as a left-padded batch, and where they are no padding."""
-    width, padding = max(map(len, rows)), lvlm.tokenizer.pad_token_id or 0
-    lengths = torch.tensor([len(row) for row in rows])[:, None]
-    ids = torch.tensor([[padding] * (width - len(row)) + row for row in rows])
-    return ids.to(lvlm.device), (torch.arange(width) >= width - lengths).to(lvlm.device)
+    width = max(map(len, rows))
+    real = torch.arange(width) >= width - torch.tensor([len(row) for row in rows])[:, None]
+    ids = torch.zeros(real.shape, dtype=torch.long)
+    ids[real] = torch.tensor([token for row in rows for token in row])
+    return ids.to(lvlm.device), real.to(lvlm.device)
 
 
 def _first(groups: TokenGroups, tokens: int) -> TokenGroups:

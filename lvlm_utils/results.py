@@ -1,9 +1,10 @@
 """What was asked or measured once, and is read back as long as nothing that it depends on has changed.
 
-`key` decides what is unchanged: for answers, for measurements, for sample tables. `Store` keeps rows, `measured` keeps
-tables and arrays, `atomic` writes every file.
+`fingerprint` decides what is unchanged: for answers, for measurements, for sample tables. `Store` keeps rows,
+`measured` keeps tables and arrays, `atomic` writes every file.
 """
 
+import dis
 import functools
 import hashlib
 import json
@@ -15,20 +16,20 @@ import sysconfig
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 
 import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
 from PIL import Image
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase
 
 from lvlm_utils import ROOT
 from lvlm_utils.models import LVLM
@@ -41,7 +42,11 @@ COLUMNS = [  # of answers; evaluate.answer says what they mean
     "versions", "seconds", *MEASURED, "identity", "key",
 ]  # fmt: skip
 LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))
+PLACES = ("name_or_path", "_name_or_path")  # where a model was read from does not count
 ORIENTATION = 0x0112  # the EXIF tag
+DIRECT = 2**20  # bytes of a tensor that are read one by one; of a larger one there are sums
+WRAPPERS = functools.partial | functools.cached_property | type(functools.cache(len)) | MethodType | property
+WRAPPED = ("__func__", "__self__", "__wrapped__", "func", "args", "keywords", "fget", "fset")
 
 Measured = pd.DataFrame | dict[str, np.ndarray]
 
@@ -51,14 +56,15 @@ class Unreadable(ValueError):
 
 
 # What is unchanged ---------------------------------------------------------------------------------------------------
-def key(*values: object, aside: Iterable[object] = ()) -> str:
+def fingerprint(*values: object, aside: Iterable[object] = ()) -> str:
     """16 characters that change with the content of `values` and with all code that runs when they are used.
 
-    values: numbers, text, lists, dicts, arrays, tensors, pictures, files (Path) and folders by their bytes; tables, in
-        whose column `image` text stands for a file; models by all their weights, settings and hooks, and what is read
-        of their processor; functions and classes by their bytecode and, in turn, everything that they name, unless it
-        belongs to an installed library, which counts by its name. Other objects that a function names count by type.
-    aside: objects that functions name and that do not count.
+    values: numbers, text, lists, dicts, arrays, tensors, pictures; files (Path) and folders by their bytes; tables, in
+        whose column `image` text stands for a file; models by all their weights, settings and hooks, their processors,
+        and the versions of the libraries; functions and classes by their bytecode and, in turn, everything that they
+        name, unless it belongs to an installed library, which counts by its name. Other objects that code names count
+        by their type.
+    aside: objects that code names and that do not count.
 
     Raises Unreadable for offloaded weights, code without source, and values of other types.
     """
@@ -82,9 +88,9 @@ class _Reader:
         self.numbers: dict[int, int] = {}
 
     def __call__(self, value: object, strict: bool = True) -> object:
-        go = functools.partial(self, strict=strict)
+        go, name = functools.partial(self, strict=strict), f"{type(value).__module__}.{type(value).__qualname__}"
         if any(value is one for one in self.aside):
-            return type(value).__qualname__
+            return name
         match value:
             case Enum() | torch.dtype() | torch.device():
                 return str(value)
@@ -94,90 +100,76 @@ class _Reader:
                 return digest(value)
             case np.generic():
                 return go(value.item())
-            case list() | tuple() | range() | dict() | set() | frozenset() if not strict and not value:
-                return type(value).__qualname__  # a register that is filled later
             case list() | tuple() | range() | pd.Series() | pd.Index():
                 return [go(one) for one in value]
             case set() | frozenset():
                 return sorted(json.dumps(go(one)) for one in value)
             case dict():
-                return [[go(name), go(one)] for name, one in value.items()]
+                return [[go(key), go(one)] for key, one in value.items()]
             case Path():
-                if value.is_dir():
-                    return [[str(file.relative_to(value)), go(file)] for file in sorted(value.rglob("*"))]
-                return digest(value.read_bytes()) if value.is_file() else str(value)
+                inside = sorted(value.rglob("*")) if value.is_dir() else ()
+                whole = digest(value.read_bytes()) if value.is_file() else str(value)
+                return [[str(file.relative_to(value)), go(file)] for file in inside] or whole
             case np.ndarray():
                 whole = value.tolist() if value.dtype.hasobject else digest(np.ascontiguousarray(value).tobytes())
                 return [value.dtype.str, value.shape, go(whole)]
+            case torch.Tensor() | torch.nn.Module() if self.in_model:
+                return name
             case torch.Tensor():
-                return type(value).__qualname__ if self.in_model and not strict else _tensor(value)
+                return _tensor(value)
             case Image.Image():
                 shown = value.getpalette(), str(value.info.get("transparency")), value.getexif().get(ORIENTATION)
                 return [value.mode, value.size, digest(value.tobytes()), *shown]
             case pd.DataFrame():
                 files = {"image": [Path(one) if isinstance(one, str) else one for one in value.get("image", ())]}
-                return [[name, go(files.get(name, list(column)))] for name, column in value.items()]
+                return [[key, go(files.get(key, list(column)))] for key, column in value.items()]
             case LVLM():
                 return self._lvlm(value)
             case torch.nn.Module():
-                return type(value).__qualname__ if self.in_model else self._model(value)
+                return self._model(value)
             case PreTrainedTokenizerBase():
                 return _tokenizer(value)
-            case ProcessorMixin():
-                return self._parts(value, value.get_attributes())
-            case functools.partial():
-                return go([value.func, value.args, value.keywords])
-            case MethodType():
-                return go([value.__func__, value.__self__])
-            case staticmethod() | classmethod():
-                return go(value.__func__)
-            case property() | functools.cached_property():
-                return go([getattr(value, name, None) for name in ("func", "fget", "fset")])
             case FunctionType():
                 return self._met(value)
             case type():
                 return self._met(value) if _ours(value.__module__) else f"{value.__module__}.{value.__qualname__}"
             case ModuleType() | BuiltinFunctionType():
                 return value.__name__
-            case _ if isinstance(getattr(value, "__wrapped__", None), FunctionType):  # lru_cache
-                return go(value.__wrapped__)
+            case _ if isinstance(value, WRAPPERS | staticmethod | classmethod):
+                return go([getattr(value, part, None) for part in WRAPPED])
             case _ if is_dataclass(value):
                 return go([type(value), *(getattr(value, field.name, None) for field in fields(value))])
+            case _ if hasattr(value, "to_dict") and not self.in_model:  # processors and their parts
+                own = sorted((key, one) for key, one in vars(value).items() if key[0] != "_")
+                return [go(type(value)), [[key, self(one, strict=False)] for key, one in own]]
             case _ if strict and value is not pd.NA:
                 raise Unreadable(f"{type(value).__qualname__} has no content to compare")
-        return type(value).__qualname__
+        return name
 
     def _lvlm(self, lvlm: LVLM) -> list:
         model, device = lvlm.model, lvlm.device.type
-        configs = [json.loads(one.to_json_string(use_diff=False)) for one in (model.config, model.generation_config)]
+        configs = [json.loads(config.to_json_string(use_diff=False), object_hook=_placeless)
+                   for config in (model.config, model.generation_config)]  # fmt: skip
         return [
-            self(LVLM), self(model), self(lvlm.processor), [_placeless(one) for one in configs], lvlm.window,
-            str(lvlm.dtype), lvlm.attention, torch.get_float32_matmul_precision(),
+            self(LVLM), self(model), self(lvlm.processor), configs, lvlm.window, str(lvlm.dtype), lvlm.attention,
+            torch.get_float32_matmul_precision(),
             torch.is_autocast_enabled(device) and str(torch.get_autocast_dtype(device)),
             *map(version, ("torch", "transformers", "tokenizers", "pillow")),
         ]  # fmt: skip
 
     def _model(self, model: torch.nn.Module) -> list:
         """Weights, and what else of a module decides what it does: settings, adapters, hooks and code of the user's."""
-        named = [*model.named_parameters(), *model.named_buffers()]
-        content, classes = [[name, _tensor(tensor)] for name, tensor in named], {}
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        content, classes = [[name, _tensor(tensor)] for name, tensor in tensors], {}
         self.in_model = True
         for name, module in model.named_modules():
-            own = {k: v for k, v in vars(module).items() if v is not None and (k[0] != "_" or "adapter" in k)}
-            hooks = [*own.values(), *module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-            content.append([name, _placeless({k: v for k, v in own.items() if _plain(v)})])
-            content += [self(hook, strict=False) for hook in hooks if _of_the_user(hook)]
+            own = {key: one for key, one in _placeless(vars(module)).items() if key[0] != "_" or "adapter" in key}
+            own |= {**module._forward_hooks, **module._forward_pre_hooks}
+            content += [[name, key if isinstance(key, str) else "", self(one, strict=False)] for key, one in own.items()
+                        if one is not None and not isinstance(one, torch.Tensor) and _counts(one)]  # fmt: skip
             classes[type(module)] = None
         self.in_model = False
         return content + [self(one if _ours(one.__module__) else one.forward) for one in classes]
-
-    def _parts(self, processor: object, parts: Iterable[str] = ()) -> list:
-        """A processor or one of its parts, by its settings."""
-        own = sorted((name, value) for name, value in vars(processor).items() if name[0] != "_")
-        return [self(type(processor)), *(
-            [name, self._parts(value) if name in parts and not isinstance(value, PreTrainedTokenizerBase)
-             else self(value, strict=False)] for name, value in own
-        )]  # fmt: skip
 
     def _met(self, code: FunctionType | type) -> list:
         if id(code) not in self.numbers:
@@ -189,18 +181,23 @@ class _Reader:
         """A function: its bytecode, its defaults and all that it names. A class: what stands in it."""
         loosely = functools.partial(self, strict=False)
         if isinstance(code, type):
-            own = [(name, value) for name, value in sorted(vars(code).items()) if name[:2] != "__" or _written(value)]
-            return [code.__qualname__, loosely(code.__bases__), [[name, loosely(value)] for name, value in own]]
-        cells = dict(zip(code.__code__.co_freevars, map(_content, code.__closure__ or ())))
+            own = [(name, one) for name, one in sorted(vars(code).items()) if name[:2] != "__" or _written(one)]
+            return [code.__qualname__, loosely(code.__bases__), [[name, loosely(one)] for name, one in own]]
+        cells = zip(code.__code__.co_freevars, code.__closure__ or ())
+        around = {name: cell.cell_contents for name, cell in cells if cell != CellType()}
         made = code.__qualname__.startswith("__create_fn__")  # by a dataclass, from its fields
         if made or not _ours(code.__globals__.get("__name__", "")):
-            return [code.__module__, code.__qualname__, loosely(cells)]
+            return [code.__module__, code.__qualname__, loosely(around)]
         if not _written(code):
             raise Unreadable(f"{code.__qualname__} has no source to read")
-        names = sorted(_names(code.__code__))
-        around = cells | {name: code.__globals__[name] for name in names if name in code.__globals__}
+        steps = [step for one in _nested(code.__code__) for step in dis.get_instructions(one)]
+        names = sorted({name for one in _nested(code.__code__) for name in one.co_names})
+        around |= {name: code.__globals__[name] for name in names if name in code.__globals__}
         modules = [one for one in around.values() if isinstance(one, ModuleType)]
-        modules += [import_module(name) for name in names if name.startswith("lvlm_utils.") or name in sys.modules]
+        for step in steps:
+            if step.opname == "IMPORT_NAME":
+                with suppress(ImportError, ValueError):  # one that is not there does not run
+                    modules.append(import_module(step.argval))
         for module in modules:  # grows: a package has modules
             for name in names if _ours(module.__name__) else ():
                 place, value = f"{module.__name__}.{name}", getattr(module, name, None)
@@ -212,13 +209,13 @@ class _Reader:
 
 
 def _tensor(tensor: torch.Tensor) -> list:
-    """Sums over rows and over columns of the bytes, taken as whole numbers: one changed bit changes both."""
+    """All bytes; of a large tensor sums over rows and columns of 1,024 whole numbers: a changed bit changes both."""
     if tensor.is_meta:
         raise Unreadable("Some weights are offloaded and cannot be read")
     try:
         flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
         flat = flat.clone() if flat.storage_offset() % 8 else flat
-        words = flat[: len(flat) // 8 * 8].view(torch.int64)
+        words = flat[: len(flat) // 8 * 8 * (len(flat) > DIRECT)].view(torch.int64)
         rows = words[: len(words) // 1024 * 1024].view(-1, 1024)
         parts = [rows.sum(0), rows.sum(1), words[rows.numel() :], flat[8 * len(words) :]]
     except (RuntimeError, NotImplementedError, TypeError) as error:
@@ -235,25 +232,17 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> list:
     return [digest(rules[rules.index('"added_tokens"') :].encode()), special, tokenizer.chat_template]
 
 
-def _placeless(config: dict) -> dict:
-    """Without the folder that a configuration was read from, in its parts too."""
-    return {name: _placeless(value) if isinstance(value, dict) else value for name, value in config.items()
-            if name not in ("_name_or_path", "name_or_path")}  # fmt: skip
+def _placeless(settings: dict) -> dict:
+    return {name: value for name, value in settings.items() if name not in PLACES}
 
 
-def _plain(value: object) -> bool:
-    try:
-        return bool(json.dumps(value))
-    except (TypeError, ValueError):
-        return False
-
-
-def _of_the_user(hook: object) -> bool:
-    """Whether it is code that somebody put into a model: ours only looks, and libraries come with the model."""
-    while isinstance(hook, functools.partial | MethodType):
-        hook = getattr(hook, "func", None) or hook.__func__
-    where = getattr(hook, "__globals__", {}).get("__name__", "lvlm_utils")
-    return where.partition(".")[0] != "lvlm_utils" and _ours(where)
+def _counts(part: object) -> bool:
+    """Whether part of a module is a setting, or code that the user put there: ours only looks, and a library's comes
+    with the model."""
+    while isinstance(part, functools.partial | MethodType):
+        part = part.func if isinstance(part, functools.partial) else part.__func__
+    where = getattr(part, "__globals__", {}).get("__name__", "lvlm_utils")
+    return not callable(part) or where.partition(".")[0] != "lvlm_utils" and _ours(where)
 
 
 def _ours(module: str) -> bool:
@@ -268,24 +257,16 @@ def _written(code: object) -> bool:
     return isinstance(code, FunctionType) and bool(linecache.getlines(code.__code__.co_filename))
 
 
-def _content(cell: object) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:  # still empty
-        return None
+def _nested(code: CodeType) -> list[CodeType]:
+    """The code of a function, and of the functions and comprehensions inside it."""
+    return [code, *(each for inner in code.co_consts if isinstance(inner, CodeType) for each in _nested(inner))]
 
 
-def _names(code: CodeType) -> set[str]:
-    """Names that a function reads from around it, those of functions and comprehensions inside it too."""
-    return set(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
-
-
-def _bytecode(code: CodeType) -> list:
-    constants = [
-        _bytecode(one) if isinstance(one, CodeType) else sorted(map(repr, one)) if isinstance(one, frozenset) else repr(one)
-        for one in code.co_consts
-    ]  # fmt: skip
-    return [code.co_code.hex(), code.co_names, code.co_varnames, code.co_freevars, constants]
+def _bytecode(code: object) -> object:
+    """Of a function, or a constant in it."""
+    if not isinstance(code, CodeType):
+        return sorted(map(repr, code)) if isinstance(code, frozenset) else repr(code)
+    return [code.co_code.hex(), code.co_names, code.co_varnames, code.co_freevars, [*map(_bytecode, code.co_consts)]]
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
@@ -310,20 +291,20 @@ def measured(
     lvlm: LVLM, name: str, measure: Callable[..., Measured | Iterable[pd.DataFrame]], *asked: object,
     folder: str | Path | None = None,
 ) -> Measured:  # fmt: skip
-    """What `measure(*asked)` gives, read back while nothing changed that it depends on (see `key`).
+    """What `measure(*asked)` gives, read back while nothing changed that it depends on (see `fingerprint`).
 
     lvlm: the model that is measured; others that `measure` names count too.
     name: of the file, `<name>-<whose>-<state>.parquet` or `.npz`: whose it is depends on the model's path and revision
         and on `asked`. Older states of the same are removed.
     measure: gives a table, several of them (which are put below each other), or a dict of arrays. Objects that it names
-        and `key` does not know, such as random generators, count by their type: make them inside.
+        and `fingerprint` does not know, such as random generators, count by their type: make them inside.
     folder: by default results/<model>/.
 
     What cannot be read is measured every time, with a warning.
     """
     folder = ROOT / "results" / lvlm.name if folder is None else Path(folder)
     try:
-        whose, state = key(path_of(lvlm), lvlm.revision, asked)[:8], key(lvlm, measure)
+        whose, state = fingerprint(path_of(lvlm), lvlm.revision, asked)[:8], fingerprint(lvlm, measure)
     except Unreadable as reason:
         warnings.warn(f"{reason}: {name} is not reused.", stacklevel=2)
         whose, state = digest([path_of(lvlm), lvlm.revision])[:8], "unreadable"
@@ -334,9 +315,8 @@ def measured(
         written = arrays if isinstance(found, dict) else table
         with atomic(written) as part, part.open("wb") as file:
             np.savez(file, **found) if isinstance(found, dict) else found.to_parquet(file)
-        for old in folder.glob(f"{name}-{whose}-*"):
-            if old.suffix in (".parquet", ".npz") and old != written:
-                old.unlink(missing_ok=True)
+        for old in {*folder.glob(f"{name}-{whose}-*.parquet"), *folder.glob(f"{name}-{whose}-*.npz")} - {written}:
+            old.unlink(missing_ok=True)
     if table.is_file():
         return pd.read_parquet(table)
     with np.load(arrays) as found:
@@ -385,9 +365,7 @@ class Store:
     def _read(self) -> pd.DataFrame:
         parts = sorted(self.parts.glob("*.parquet"), key=lambda part: part.stat().st_mtime_ns)
         files = [_rows_of(file) for file in [self.path] * self.path.is_file() + parts]
-        if not files:
-            return self.rows.iloc[:0]
-        rows = pd.concat(files, ignore_index=True)
+        rows = pd.concat(files, ignore_index=True) if files else self.rows.iloc[:0]
         answered_last = rows["error"].isna().sort_values(kind="stable").index
         return rows.loc[answered_last].drop_duplicates("key", keep="last").sort_index()
 

@@ -50,7 +50,8 @@ def says(lvlm, monkeypatch, *texts):
     [
         {"suppress_tokens": list(range(250))}, {"begin_suppress_tokens": list(range(250))}, {"forced_eos_token_id": 2},
         {"encoder_repetition_penalty": 30.0}, {"no_repeat_ngram_size": 1}, {"min_new_tokens": 5},
-        {"bad_words_ids": [[token] for token in range(4, 250)]}, {"sequence_bias": [[[token], 50.0] for token in (9, 8)]},
+        {"bad_words_ids": [[token] for token in range(4, 250)]},
+        {"sequence_bias": [[[token], 50.0] for token in (9, 8)]},
         {"forced_bos_token_id": 7}, {"repetition_penalty": 50.0}, {"min_length": 900}, {"remove_invalid_values": True},
         {"exponential_decay_length_penalty": (1, 9.0)}, {"do_sample": True, "temperature": 9.0}, {"num_beams": 3},
         {"min_p": 0.9, "do_sample": True}, {"guidance_scale": 3.0}, {"renormalize_logits": True}, {"use_cache": False},
@@ -245,8 +246,9 @@ def test_choices(tiny, images, monkeypatch):
 
 @pytest.mark.parametrize(
     ("choices", "label", "message"),
-    [(["red", "blue"], "green", "label"), ("red", "red", "choices"), ([], "red", "choices"), (["red", "Red."], "red", "choices"),
-     ([None, "red"], "red", "choices"), (["red", ""], "red", "choices")],
+    [(["red", "blue"], "green", "label"), ("red", "red", "choices"), ([], "red", "choices"),
+     (["red", "Red."], "red", "choices"), ([None, "red"], "red", "choices"), (["red", ""], "red", "choices"),
+     (3, "red", "choices")],
 )  # fmt: skip
 def test_choices_that_do_not_fit_are_refused(tiny, images, choices, label, message):
     samples = samples_of(images[0], choices=[["red", "blue"], choices], label=["red", label])
@@ -300,8 +302,8 @@ def test_yes_or_no_takes_four_tokens_and_free_answers_sixty_four(tiny, images, m
     found = lv.answer(tiny, samples_of(images[0], question=questions), share=False, progress=False)
     counts = [len(tiny.tokenizer(raw, add_special_tokens=False).input_ids) for raw in found["raw"]]
     assert counts == [4, 64, 64]
-    stopped = lv.answer(tiny, samples_of(images[0], question=questions), stop=["LAMP"], max_new_tokens=9, progress=False,
-                        share=False)  # fmt: skip
+    options = {"stop": ["LAMP"], "max_new_tokens": 9, "progress": False, "share": False}
+    stopped = lv.answer(tiny, samples_of(images[0], question=questions), **options)
     assert set(stopped["raw"]) == {"lamp"}
 
 

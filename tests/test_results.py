@@ -86,7 +86,10 @@ def changed_dtype(monkeypatch, tiny):
     monkeypatch.setattr(type(tiny), "dtype", torch.float16)
 
 
-@pytest.mark.parametrize("change", [changed_value, changed_helper, changed_default, changed_dtype], ids=lambda change: change.__name__)  # fmt: skip
+CHANGES = [changed_value, changed_helper, changed_default, changed_dtype]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_what_a_measurement_depends_on_is_noticed(measured, tiny, monkeypatch, change):
     measured("a", measure, [1])
     change(monkeypatch, tiny)

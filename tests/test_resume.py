@@ -13,7 +13,6 @@ from conftest import ask, build, picture, same, table
 import lvlm_utils as lv
 from lvlm_utils import evaluate, results
 
-
 ADD = results.Store.add
 
 

@@ -3,6 +3,7 @@
 What was answered anew took another time, to the nanosecond: that tells it from what was read back.
 """
 
+import linecache
 import os
 import shutil
 import subprocess
@@ -434,6 +435,41 @@ def test_a_measurement_runs_through_the_code_that_it_names(tiny, images, tmp_pat
     monkeypatch.setattr(module + "." + name, lambda *args, **kw: real(*args, **kw))
     lv.measured(tiny, "a", observed, rows, folder=tmp_path)
     assert Calls.made == 1 + again
+
+
+LATER = """
+def factor():
+    return {}
+"""
+
+
+def late(n):
+    import imported_later
+
+    return {"n": np.array(n * imported_later.factor())}
+
+
+def test_a_module_that_is_imported_later_counts(tiny, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for factor in (2, 3):
+        (tmp_path / "imported_later.py").write_text(LATER.format(factor))
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        for _ in range(2):
+            sys.modules.pop("imported_later", None)
+            linecache.clearcache()
+            assert lv.measured(tiny, "a", late, 5, folder=tmp_path)["n"] == 5 * factor
+
+
+def test_names_that_happen_to_be_those_of_modules_do_not_count(tiny, images, tmp_path, monkeypatch):
+    """What a process has loaded besides is no matter."""
+    out, samples = tmp_path / "results.parquet", table(images[:1], (20,))
+    before = ask(tiny, samples, out=out)
+    for name in ("text", "groups", "row", "visual", "append", "inputs"):
+        (tmp_path / f"{name}.py").write_text("visual = row = text = append = 3")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("text", "groups", "row", "visual", "append", "inputs"):
+        monkeypatch.setitem(sys.modules, name, import_module(name))
+    assert read_back(before, ask(tiny, samples, out=out))
 
 
 def test_a_measurement_that_cannot_be_read_is_made_every_time(tiny, tmp_path):

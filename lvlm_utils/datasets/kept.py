@@ -9,7 +9,7 @@ from lvlm_utils import results
 def key(root: Path, tokenizer, *settings) -> str:
     """Changes with the tokenizer, the bytes of any file of the data set, its place, and the settings."""
     files = sorted(file for folder in (root, root / "svit", root / "vg") for file in folder.glob("*.*"))
-    return results.key(str(root.resolve()), tokenizer, [[file.name, file] for file in files], settings)
+    return results.fingerprint(str(root.resolve()), tokenizer, [[file.name, file] for file in files], settings)
 
 
 def read(file: Path) -> pd.DataFrame:
