@@ -113,7 +113,7 @@ def answer(
     state = _processes(lvlm)
     rank, processes = (0, 1) if state is None else (state.process_index, state.num_processes)
     if (stale := int(store.stale(wanted).sum())) and rank == 0:
-        tqdm.write(f"{Path(out).name}: {stale} stale rows dropped, because the model or the data changed.", sys.stderr)
+        tqdm.write(f"{Path(out).name}: {stale} stale rows dropped: what they depend on has changed.", sys.stderr)
     # split before looking at what is done: a process that starts late may already see rows of another
     mine = [rows for _, rows in wanted.drop_duplicates("key").groupby("picture", sort=False)][rank::processes]
     left = [rows[~rows["key"].isin(known["key"])] for rows in mine]
@@ -211,7 +211,6 @@ def _wanted(
         "options": json.dumps(options if len(options) > 1 else [*options, {}][0], sort_keys=True),
         "model": lvlm.name, "path": path_of(lvlm), "revision": lvlm.revision,
         "dtype": str(lvlm.dtype).removeprefix("torch."), "attention": lvlm.attention,
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }  # fmt: skip
     shown, found = {}, []
     for row, index in zip(wanted.itertuples(), samples.index, strict=True):
@@ -226,7 +225,8 @@ def _wanted(
         found.append([choices, label, tokens, words, at, [*asked, shown[at]], digest(whose)])
     columns = ("choices", "label", "max_new_tokens", "stop", "picture", "content", "identity")
     more = {name: pd.Series([row[i] for row in found], dtype=object) for i, name in enumerate(columns)}
-    return wanted.assign(**settings, **more)
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return wanted.assign(**settings, **more, versions=versions)
 
 
 def _shown(picture: Any, condition: str) -> str:
@@ -410,7 +410,8 @@ def _ends(lvlm: LVLM, asked: list[Asked]) -> list[Ends]:
     ends = lvlm.model.generation_config.eos_token_id
     ends = lvlm.tokenizer.eos_token_id if ends is None else ends
     ends = set(ends) if isinstance(ends, list | tuple) else {ends}
-    return [partial(_end, partial(_decoded, lvlm), ends, one.row.max_new_tokens, one.row.stop) for one in asked]
+    decoded = partial(lvlm.tokenizer.decode, skip_special_tokens=True)
+    return [partial(_end, decoded, ends, one.row.max_new_tokens, one.row.stop) for one in asked]
 
 
 def _end(decoded: Callable, ends: set[int], limit: int, stop: Sequence[str], ids: list[int]) -> int | None:
@@ -421,10 +422,6 @@ def _end(decoded: Callable, ends: set[int], limit: int, stop: Sequence[str], ids
     return len(ids) if ids[-1] in ends or len(ids) >= limit else None
 
 
-def _decoded(lvlm: LVLM, ids: list[int]) -> str:
-    return lvlm.tokenizer.decode(ids, skip_special_tokens=True)
-
-
 def _results(lvlm: LVLM, asked: list[Asked], replies: list[Reply], start: float) -> list[dict]:
     """Rows of a batch that was begun at `start`."""
     found, tokenizer, seconds = [], lvlm.tokenizer, (time.perf_counter() - start) / len(asked)
@@ -433,8 +430,9 @@ def _results(lvlm: LVLM, asked: list[Asked], replies: list[Reply], start: float)
         margin = float(yes.max() - no.max()) if len(yes) and len(no) else np.nan
         context, visual, tokens = one.counts.values()
         whole = dict(zip(MEASURED, (tokens, visual, tokens - visual, visual, tokens - visual, context), strict=True))
-        found.append(_found(one, raw=_decoded(lvlm, reply.ids).strip(), margin=margin, seconds=seconds,
-                            n_computed_tokens=reply.computed, **(reply.kept or whole)))  # fmt: skip
+        raw = tokenizer.decode(reply.ids, skip_special_tokens=True).strip()
+        found.append(_found(one, raw=raw, margin=margin, seconds=seconds, n_computed_tokens=reply.computed,
+                            **(reply.kept or whole)))  # fmt: skip
     return found
 
 

@@ -16,7 +16,7 @@ import sysconfig
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from importlib import import_module
@@ -194,7 +194,10 @@ class _Reader:
         names = sorted({name for one in _nested(code.__code__) for name in one.co_names})
         around |= {name: code.__globals__[name] for name in names if name in code.__globals__}
         modules = [one for one in around.values() if isinstance(one, ModuleType)]
-        modules += [import_module(step.argval) for step in steps if step.opname == "IMPORT_NAME" and step.argval]
+        for step in steps:
+            if step.opname == "IMPORT_NAME":
+                with suppress(ImportError, ValueError):  # one that is not there does not run
+                    modules.append(import_module(step.argval))
         for module in modules:  # grows: a package has modules
             for name in names if _ours(module.__name__) else ():
                 place, value = f"{module.__name__}.{name}", getattr(module, name, None)

@@ -23,7 +23,7 @@ from torch import nn
 
 import lvlm_utils as lv
 from lvlm_utils import prompts
-from lvlm_utils.pruning import engine, tokens
+from lvlm_utils.pruning import engine
 
 
 def read_back(before: pd.DataFrame, after: pd.DataFrame) -> bool:
@@ -178,7 +178,7 @@ def test_arithmetic_counts(fresh, images, tmp_path):
 
 
 # What changes the code -----------------------------------------------------------------------------------------------
-def bottom(self, score, keep, best=tokens.Tokens.best):
+def bottom(self, score, keep, best=engine.Tokens.best):
     return best(self, -score, keep)
 
 
@@ -194,7 +194,7 @@ def narrowed(before, keep, last, *rest, real=engine.narrowed):
     ("where", "name", "code", "prune", "again"),
     [
         (LastRow, "choose", lambda self, tokens: tokens.alive, LastRow(), True),  # a method
-        (tokens.Tokens, "best", bottom, LastRow(), True),  # what it calls
+        (engine.Tokens, "best", bottom, LastRow(), True),  # what it calls
         ("lvlm_utils.pruning.ranking", "ranks", lambda score, among: among.long(), LastRow(), True),  # and what that
         (engine, "narrowed", narrowed, LastRow(), True),  # the engine
         (LastRow, "positions", "contiguous", Scattered(), False),  # another method
