@@ -38,7 +38,7 @@ from lvlm_utils.prompts import (
     render,
     tokenizer_options,
 )  # fmt: skip
-from lvlm_utils.results import COLUMNS, MEASURED, Store, Unreadable, digest, fingerprint, path_of
+from lvlm_utils.results import COLUMNS, MEASURED, Store, Unreadable, digest, fingerprint, path_of, revision_of
 from lvlm_utils.session import session_of
 from lvlm_utils.token_groups import inside
 
@@ -209,7 +209,7 @@ def _wanted(
         "method": "+".join(names.get(type(method), type(method).__name__) for method in methods) or "none",
         "keep": "+".join(json.dumps(one["keep"]) for one in options if "keep" in one) or None,
         "options": json.dumps(options if len(options) > 1 else [*options, {}][0], sort_keys=True),
-        "model": lvlm.name, "path": path_of(lvlm), "revision": lvlm.revision,
+        "model": lvlm.name, "path": path_of(lvlm), "revision": revision_of(lvlm),
         "dtype": str(lvlm.dtype).removeprefix("torch."), "attention": lvlm.attention,
     }  # fmt: skip
     shown, found = {}, []

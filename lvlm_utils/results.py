@@ -287,6 +287,14 @@ def path_of(lvlm: LVLM) -> str:
     return lvlm.model.config.name_or_path or "in-memory"
 
 
+def revision_of(lvlm: LVLM) -> str:
+    """Which weights a model has: 12 characters that change with them, or "" where they cannot be read."""
+    try:
+        return fingerprint(lvlm.model)[:12]
+    except Unreadable:
+        return ""
+
+
 def measured(
     lvlm: LVLM, name: str, measure: Callable[..., Measured | Iterable[pd.DataFrame]], *asked: object,
     folder: str | Path | None = None,
@@ -304,10 +312,10 @@ def measured(
     """
     folder = ROOT / "results" / lvlm.name if folder is None else Path(folder)
     try:
-        whose, state = fingerprint(path_of(lvlm), lvlm.revision, asked)[:8], fingerprint(lvlm, measure)
+        whose, state = fingerprint(path_of(lvlm), revision_of(lvlm), asked)[:8], fingerprint(lvlm, measure)
     except Unreadable as reason:
         warnings.warn(f"{reason}: {name} is not reused.", stacklevel=2)
-        whose, state = digest([path_of(lvlm), lvlm.revision])[:8], "unreadable"
+        whose, state = digest([path_of(lvlm), revision_of(lvlm)])[:8], "unreadable"
     table, arrays = (folder / f"{name}-{whose}-{state}{suffix}" for suffix in (".parquet", ".npz"))
     if state == "unreadable" or not (table.is_file() or arrays.is_file()):
         found = measure(*asked)

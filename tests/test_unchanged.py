@@ -186,7 +186,7 @@ def grey(image, colour):
     return Image.new("RGB", image.size, "grey")
 
 
-def narrowed(before, keep, last, *rest, real=engine.narrowed):
+def narrowed(before, keep, last, *rest, real=engine._narrowed):
     return real(before, keep | last, last, *rest)
 
 
@@ -195,10 +195,10 @@ def narrowed(before, keep, last, *rest, real=engine.narrowed):
     [
         (LastRow, "choose", lambda self, tokens: tokens.alive, LastRow(), True),  # a method
         (engine.Tokens, "best", bottom, LastRow(), True),  # what it calls
-        ("lvlm_utils.pruning.ranking", "ranks", lambda score, among: among.long(), LastRow(), True),  # and what that
-        (engine, "narrowed", narrowed, LastRow(), True),  # the engine
+        ("lvlm_utils.pruning.keep", "numbers", lambda keep, have: torch.ones_like(have), LastRow(), True),  # and what that
+        (engine, "_narrowed", narrowed, LastRow(), True),  # the engine
         (LastRow, "positions", "contiguous", Scattered(), False),  # another method
-        (engine, "narrowed", narrowed, None, False),  # nothing is pruned
+        (engine, "_narrowed", narrowed, None, False),  # nothing is pruned
         ("lvlm_utils.evaluate", "blank", grey, None, True),
         (prompts, "MARK", "\ue001", None, True),  # a constant
         ("lvlm_utils.saliency", "information_flow", None, None, False),  # nothing that answers run through

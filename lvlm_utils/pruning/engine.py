@@ -683,7 +683,8 @@ class Continuation:
         session = session_of(model)
         self.model, self.engine = model, session and session.engine
         prefill = self.engine and self.engine.prefill
-        if not prefill or prefill.cache is None or prefill.cache() is not cache or len(prefill.stages[0].place) != 1:
+        mine = prefill and prefill.cache and prefill.cache() is cache and prefill.seen == prefill.tokens
+        if not mine or len(prefill.stages[0].place) != 1:
             raise ValueError("Only the latest prompt that was pruned, a single one with a cache, can be continued.")
         self.cache = DynamicCache([(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v, *_ in cache])
         rest = prefill.stages[0].alive.new_zeros(rows, 0)
