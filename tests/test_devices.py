@@ -1,4 +1,4 @@
-"""Layers on several devices: every method, observe and information_flow with a part of the model on a second device.
+"""Models on several devices: every method, observe, information_flow and answer with a part of the model on a second.
 
 The second device is pretended, so that it can be had anywhere: its tensors say that they are on "meta", have their
 values in the memory of the CPU, and fail as on a GPU where an operation is given tensors of both. Accelerate's own
@@ -110,7 +110,7 @@ def two_devices(model, split, monkeypatch):
     rest = [child for child in decoder.children() if child is not decoder.layers]
     modules = [*towers, *decoder.layers, *rest, model.get_output_embeddings()]
     far = {
-        "two layers": decoder.layers[1:3],  # pruning begins before them, in them and after them
+        "two layers": decoder.layers[1:3],  # methods choose before these, in them and after them
         "the tower": towers[:1],
         "everything": modules,
     }[split]
