@@ -46,6 +46,8 @@ class Far(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function == torch.Tensor.is_meta.__get__:
+            return False  # it has values
         with torch._C.DisableTorchFunctionSubclass():
             return function(args[0].cpu()) if function in NUMBERS else function(*args, **(kwargs or {}))
 
@@ -114,8 +116,10 @@ def two_devices(model, split, monkeypatch):
         "the tower": towers[:1],
         "everything": modules,
     }[split]
-    autocast, tensor = torch.autocast, torch.tensor
-    monkeypatch.setattr(torch, "autocast", lambda kind, *a, **kw: autocast("cpu" if kind == "meta" else kind, *a, **kw))
+    for name in ("autocast", "is_autocast_enabled"):  # which does not know the second device
+        known = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda kind, *a, f=known, **kw: f("cpu" if kind == "meta" else kind, *a, **kw))
+    tensor = torch.tensor  # makes nothing of numbers on "meta"
     monkeypatch.setattr(torch, "tensor", lambda data, device=None, **kw: tensor(near(data), **kw).to(device or CPU))
     weights = [
         (held, name, value)
