@@ -14,37 +14,26 @@ the shortest length. Prints a table and writes benchmarks/attention.json.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import torch
-from common import machine
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from common import CLIP_L, alone, arguments, lvlm, machine, prompt, seconds, spread, write
 
 import lvlm_utils as lv
 from lvlm_utils.attention import STATISTICS
 from lvlm_utils.efficiency import peak_memory
+from lvlm_utils.models import LVLM
+from lvlm_utils.prompts import Prompt
 
-SIDE, VOCABULARY, IMAGE = 24, 1000, 999
-WARM = SIDE**2 + 64  # tokens of the prompt that warms up
+VISUAL = 576
+WARM = VISUAL + 64  # tokens of the prompt that warms up
 SOME = ("groups", "last")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, __file__, repeats=5, width=1024, heads=16, layers=8)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096], help="lengths for all four ways")
     parser.add_argument("--long", type=int, default=16384, help="length at which eager is left out; 0: not at all")
-    parser.add_argument("--width", type=int, default=1024, help="hidden size of the decoder")
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--alone", help=argparse.SUPPRESS)  # "way,tokens": print the peak memory of one way and leave
     options = parser.parse_args()
     if options.alone:
@@ -53,7 +42,7 @@ def main() -> None:
         return
 
     report = {
-        "width": options.width, "heads": options.heads, "layers": options.layers, "visual_tokens": SIDE**2,
+        "width": options.width, "heads": options.heads, "layers": options.layers, "visual_tokens": VISUAL,
         "dtype": options.dtype, "repeats": options.repeats, "statistics": {"some": SOME, "all": STATISTICS},
         "machine": machine(options.device),
         "tokens": {tokens: _compare(options, tokens, tuple(WAYS), options.repeats) for tokens in options.tokens},
@@ -61,32 +50,28 @@ def main() -> None:
     if options.long:
         report["tokens"][options.long] = _compare(options, options.long, ("plain", "some", "all"), 1)
     report["largest_difference_from_eager"] = _differences(options, min(options.tokens))
-    options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write(report, options.out)
     _show(report)
 
 
 def _compare(options: argparse.Namespace, tokens: int, ways: tuple[str, ...], repeats: int) -> dict:
-    model, seconds = _build(options), {way: [] for way in ways}
+    model, taken = _build(options), {way: [] for way in ways}
+    short, whole = (prompt(model, length - VISUAL) for length in (WARM, tokens))
     for way in ways:
-        WAYS[way](model, WARM)
+        WAYS[way](model, short)
     for _ in range(repeats):
         for way in ways:
-            start = time.perf_counter()
-            WAYS[way](model, tokens)
-            if options.device != "cpu":
-                torch.accelerator.synchronize(options.device)
-            seconds[way].append(time.perf_counter() - start)
-    peaks = {way: _peak(options, way, tokens) for way in ways}
+            taken[way].append(seconds(lambda way=way: WAYS[way](model, whole), model.device))
+    peaks = {way: alone(__file__, options, way, tokens) for way in ways}
     found = {
         way: {
-            "seconds_median": round(statistics.median(taken), 3), "seconds_min": round(min(taken), 3),
-            "seconds_max": round(max(taken), 3),
-            "times_plain": [round(a / b, 3) for a, b in zip(taken, seconds["plain"], strict=True)],
+            **spread(taken[way]),
+            "times_plain": [round(a / b, 3) for a, b in zip(taken[way], taken["plain"], strict=True)],
             "peak_MiB": round(peaks[way] / 2**20, 1),
             "extra_MiB": round((peaks[way] - peaks["plain"]) / 2**20, 1),
         }
-        for way, taken in seconds.items()
-    }  # fmt: skip
+        for way in ways
+    }
     size = getattr(torch, options.dtype).itemsize
     weights = options.layers * options.heads * tokens**2 * size / 2**20
     result = {"ways": found, "eager_weights_MiB_by_arithmetic": round(weights)}
@@ -96,82 +81,43 @@ def _compare(options: argparse.Namespace, tokens: int, ways: tuple[str, ...], re
     return result
 
 
-def _peak(options: argparse.Namespace, way: str, tokens: int) -> float:
-    """Bytes, measured in a new process."""
-    same = ("width", "heads", "layers", "device", "dtype")
-    arguments = [f"--{name}={getattr(options, name)}" for name in same] + [f"--alone={way},{tokens}"]
-    done = subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True)
-    return float(done.stdout)
-
-
 def _alone(options: argparse.Namespace, way: str, tokens: int) -> float:
     model = _build(options)
-    WAYS[way](model, WARM)
-    return peak_memory(lambda: WAYS[way](model, tokens), model.device)[1]
+    short, whole = (prompt(model, length - VISUAL) for length in (WARM, tokens))
+    WAYS[way](model, short)
+    return peak_memory(lambda: WAYS[way](model, whole), model.device)[1]
 
 
-def _build(options: argparse.Namespace) -> LlavaForConditionalGeneration:
-    vision = CLIPVisionConfig(
-        hidden_size=options.width // 2, intermediate_size=options.width * 2, num_hidden_layers=4,
-        num_attention_heads=options.heads // 2, image_size=14 * SIDE, patch_size=14,
-    )  # fmt: skip
-    text = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=options.width, intermediate_size=options.width * 11 // 4,
-        num_hidden_layers=options.layers, num_attention_heads=options.heads, num_key_value_heads=options.heads,
-        max_position_embeddings=2**15,
-    )  # fmt: skip
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
-    torch.manual_seed(0)
-    with torch.device(options.device):
-        return LlavaForConditionalGeneration(config).to(getattr(torch, options.dtype)).eval()
-
-
-def _prompt(model: LlavaForConditionalGeneration, tokens: int) -> tuple[dict, dict[str, torch.Tensor]]:
-    torch.manual_seed(0)
-    ids = torch.randint(3, IMAGE, (1, tokens))
-    place = torch.arange(tokens)[None]
-    visual = (place >= 5) & (place < 5 + SIDE**2)
-    question = place >= tokens - 30
-    groups = {
-        "system": place < 5,
-        "visual": visual,
-        "context": ~question & (place >= 5) & ~visual,
-        "question": question,
-    }
-    pixels = torch.randn(1, 3, 14 * SIDE, 14 * SIDE)
-    given = {"input_ids": ids.where(~visual, IMAGE), "attention_mask": torch.ones_like(ids)}
-    given = {name: value.to(model.device) for name, value in given.items()}
-    given |= {"pixel_values": pixels.to(model.device, model.dtype), "logits_to_keep": 1}
-    return given, {name: mask.to(model.device) for name, mask in groups.items()}
+def _build(options: argparse.Namespace) -> LVLM:
+    tower = {**CLIP_L, "hidden_size": options.width // 2, "intermediate_size": options.width * 2,
+             "num_hidden_layers": 4, "num_attention_heads": options.heads // 2}  # fmt: skip
+    return lvlm(options.width, options.heads, options.layers, tower, options.device, options.dtype)
 
 
 @torch.inference_mode()
-def _plain(model: LlavaForConditionalGeneration, tokens: int) -> None:
-    model(**_prompt(model, tokens)[0])
+def _plain(model: LVLM, prompt: Prompt, **options: bool):
+    return model.model(**prompt.inputs, logits_to_keep=1, **options)
 
 
-@torch.inference_mode()
-def _observed(model: LlavaForConditionalGeneration, tokens: int, names: tuple[str, ...], vision: bool):
-    given, groups = _prompt(model, tokens)
-    with lv.observe(model, groups, names, vision) as seen:
-        model(**given)
+def _observed(model: LVLM, prompt: Prompt, names: tuple[str, ...], vision: bool):
+    with lv.observe(model, prompt.groups, names, vision) as seen:
+        _plain(model, prompt)
     return seen
 
 
-@torch.inference_mode()
-def _eager(model: LlavaForConditionalGeneration, tokens: int) -> tuple[torch.Tensor, ...]:
-    before = model.config.text_config._attn_implementation
-    model.set_attn_implementation({"text_config": "eager"})
+def _eager(model: LVLM, prompt: Prompt) -> tuple[torch.Tensor, ...]:
+    before = model.attention
+    model.model.set_attn_implementation({"text_config": "eager"})
     try:
-        return model(**_prompt(model, tokens)[0], output_attentions=True).attentions
+        return _plain(model, prompt, output_attentions=True).attentions
     finally:
-        model.set_attn_implementation({"text_config": before})
+        model.model.set_attn_implementation({"text_config": before})
 
 
 WAYS = {
     "plain": _plain,
-    "some": lambda model, tokens: _observed(model, tokens, SOME, vision=False),
-    "all": lambda model, tokens: _observed(model, tokens, STATISTICS, vision=True),
+    "some": lambda model, prompt: _observed(model, prompt, SOME, vision=False),
+    "all": lambda model, prompt: _observed(model, prompt, STATISTICS, vision=True),
     "eager": _eager,
 }
 
@@ -179,8 +125,10 @@ WAYS = {
 def _differences(options: argparse.Namespace, tokens: int) -> dict[str, float]:
     """From the eager weights, absolute; of group sums relative."""
     model = _build(options)
-    seen, weights = _observed(model, tokens, STATISTICS, vision=False), _eager(model, tokens)
-    onehot = torch.stack([*_prompt(model, tokens)[1].values()], -1).float()
+    given = prompt(model, tokens - VISUAL)
+    seen, weights = _observed(model, given, STATISTICS, vision=False), _eager(model, given)
+    groups = [getattr(given.groups, name) for name in ("system", "visual", "context", "question")]
+    onehot = torch.stack(groups, -1).float()
     worst = dict.fromkeys(("received", "last", "entropy", "groups"), 0.0)
     for layer, matrix in enumerate(one.float() for one in weights):
         expected = {
@@ -201,9 +149,9 @@ def _show(report: dict) -> None:
               f"{result['eager_weights_MiB_by_arithmetic']:,} MiB)")  # fmt: skip
         print(f"{'':8}{'seconds':>9}  {'(min to max)':18}{'times plain':>12}{'peak MiB':>10}{'extra MiB':>11}")
         for way, facts in result["ways"].items():
-            spread = f"({facts['seconds_min']:.2f} to {facts['seconds_max']:.2f})"
+            between = f"({facts['seconds_min']:.2f} to {facts['seconds_max']:.2f})"
             times = statistics.median(facts["times_plain"])
-            print(f"{way:8}{facts['seconds_median']:9.2f}  {spread:18}{times:12.2f}{facts['peak_MiB']:10,.0f}"
+            print(f"{way:8}{facts['seconds_median']:9.2f}  {between:18}{times:12.2f}{facts['peak_MiB']:10,.0f}"
                   f"{facts['extra_MiB']:11,.0f}")  # fmt: skip
         if "extra_of_eagers_extra" in result:
             shares = ", ".join(f"{way} {share:.2%}" for way, share in result["extra_of_eagers_extra"].items())

@@ -4,7 +4,7 @@
     python benchmarks/pruning.py --device cuda --dtype bfloat16 --width 4096 --layers 32 --heads 32
 
 Prefill: 80% of the prompt is visual. The ways take turns in one process; a repeat is compared with its own "plain".
-- idle: a plan that looks at every token and drops none.
+- idle: a method that looks at every token and drops none.
 - half: every second visual token is dropped before layer 2; the ideal is the ratio of FLOPs (lvlm_utils.efficiency).
 - fastv: the same number, chosen by FastV, whose attention row is made too.
 Decode, in a second model of 32 layers: steps of lv.prune that dropped half of the visual tokens before layer 0, beside
@@ -13,35 +13,28 @@ Prints a table and writes benchmarks/pruning.json.
 """
 
 import argparse
-import json
 import statistics
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from common import machine
-from common import seconds as timed
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from common import THIN, arguments, lvlm, machine, prompt, ratio, seconds, spread, write
 
+import lvlm_utils as lv
 from lvlm_utils.efficiency import decoder_flops
-from lvlm_utils.pruning import Plan, prune
+from lvlm_utils.methods import Method
+from lvlm_utils.models import LVLM
 
-SIDE, VOCABULARY, IMAGE = 32, 1000, 999
+SIDE = 32
 VISUAL = SIDE**2  # patches of the picture
 TEXT = VISUAL // 4  # so that 80% of the prompt is visual
+TOWER = {**THIN, "image_size": THIN["patch_size"] * SIDE}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=1024, help="hidden size of the decoder")
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--layers", type=int, default=8, help="of the model whose prefill is timed")
+    parser = arguments(__doc__, __file__, repeats=7, width=1024, heads=16, layers=8)
     parser.add_argument("--deep", type=int, default=32, help="layers of the model whose decode steps are timed")
     parser.add_argument("--steps", type=int, default=20, help="decode steps a repeat")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--attention", default="sdpa")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
 
     report = {
@@ -51,95 +44,95 @@ def main() -> None:
         "machine": machine(options.device),
         "prefill": _prefill(options), "decode": _decode(options),
     }  # fmt: skip
-    options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write(report, options.out)
     _show(report)
 
 
-def _build(options: argparse.Namespace, layers: int) -> tuple[LlavaForConditionalGeneration, dict]:
-    """A random LLaVA with a tower too small to matter, and a prompt."""
-    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
-    text = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=options.width, intermediate_size=options.width * 11 // 4,
-        num_hidden_layers=layers, num_attention_heads=options.heads, max_position_embeddings=8192,
-    )  # fmt: skip
-    vision = CLIPVisionConfig(**tower, image_size=4 * SIDE, patch_size=4)
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=-1,
-        attn_implementation=options.attention,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    dtype = getattr(torch, options.dtype)
-    with torch.device(options.device):
-        model = LlavaForConditionalGeneration._from_config(config, dtype=dtype).eval()
-        words = torch.randint(1, IMAGE, (TEXT,))
-        ids = torch.cat([words[:9], torch.full((VISUAL,), IMAGE), words[9:]])[None]
-        pixels = torch.randn(1, 3, 4 * SIDE, 4 * SIDE, dtype=dtype)
-    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+def _build(options: argparse.Namespace, layers: int) -> tuple[LVLM, dict]:
+    """A model with a tower too small to matter, and the inputs of a prompt."""
+    model = lvlm(options.width, options.heads, layers, TOWER, options.device, options.dtype)
+    model.model.set_attn_implementation(options.attention)
+    return model, dict(prompt(model, TEXT).inputs)
 
 
-def _halve(tokens) -> torch.Tensor:
-    return ~tokens.visual | (tokens.place % 2 == 0)
+@dataclass
+class Idle(Method):
+    """Look at every token, and drop none."""
+
+    layer: int = 2
+
+    def choose(self, tokens):
+        return tokens.alive
+
+
+@dataclass
+class Halve(Method):
+    """Drop every second visual token."""
+
+    layer: int = 2
+    positions: str = "original"
+
+    def choose(self, tokens):
+        return ~tokens.visual | (tokens.place % 2 == 0)
 
 
 @torch.inference_mode()
 def _prefill(options: argparse.Namespace) -> dict:
     model, batch = _build(options, options.layers)
-    ways = {
-        "plain": None, "idle": (Plan({2: lambda tokens: tokens.alive}), {}), "half": (Plan({2: _halve}), {}),
-        "fastv": ("fastv", {"keep": 0.5, "layer": 2}),
-    }  # fmt: skip
-    seconds, tokens = {way: [] for way in ways}, {}
+    ways = {"plain": None, "idle": (Idle(),), "half": (Halve(),), "fastv": ("fastv",)}
+    given = {"fastv": {"keep": 0.5, "layer": 2}}
+    taken, tokens = {way: [] for way in ways}, {}
+
+    def run() -> object:
+        return model.model(**batch, logits_to_keep=1)
+
     for repeat in range(options.repeats + 1):  # the first is to warm up
-        for way, plan in ways.items():
-            if plan is None:
-                taken = timed(lambda: model(**batch, logits_to_keep=1), model.device)
+        for way, method in ways.items():
+            if method is None:
+                one = seconds(run, model.device)
             else:
-                with prune(model, plan[0], **plan[1]) as trace:
-                    taken = timed(lambda: model(**batch, logits_to_keep=1), model.device)
+                with lv.prune(model, *method, **given.get(way, {})) as trace:
+                    one = seconds(run, model.device)
                 tokens[way] = trace.tokens_per_layer
-            seconds[way] += [taken] * (repeat > 0)
-    full = decoder_flops(model.config, VISUAL + TEXT)["prefill"]
-    facts = {way: _facts(seconds[way], seconds["plain"]) for way in ways}
+            taken[way] += [one] * (repeat > 0)
+    full = decoder_flops(model.model.config, VISUAL + TEXT)["prefill"]
+    facts = {way: _facts(taken[way], taken["plain"]) for way in ways}
     for way in ("half", "fastv"):
-        ideal = full / decoder_flops(model.config, tokens[way])["prefill"]
-        speedup = statistics.median(a / b for a, b in zip(seconds["plain"], seconds[way], strict=True))
-        facts[way] |= {"speedup": round(speedup, 3), "ideal": round(ideal, 3), "share": round(speedup / ideal, 3)}
+        ideal = full / decoder_flops(model.model.config, tokens[way])["prefill"]
+        speedup = ratio(taken["plain"], taken[way])
+        facts[way] |= {"speedup": speedup, "ideal": round(ideal, 3), "share": round(speedup / ideal, 3)}
     return facts
 
 
 @torch.inference_mode()
 def _decode(options: argparse.Namespace) -> dict:
-    model, batch = _build(options, options.deep)
-    ids = batch["input_ids"]
-    stay = (ids != IMAGE) | (torch.arange(ids.shape[1], device=ids.device) % 2 == 0)
+    lvlm, batch = _build(options, options.deep)
+    model, ids = lvlm.model, batch["input_ids"]
+    stay = (ids != lvlm.image_token_id) | (torch.arange(ids.shape[1], device=ids.device) % 2 == 0)
     short = {"inputs_embeds": model.get_input_embeddings()(ids)[:, stay[0]]}
-    seconds = {"plain": [], "pruned": []}
+    taken = {"plain": [], "pruned": []}
 
     def steps(prompt: dict) -> float:
         out = model(**prompt, use_cache=True, logits_to_keep=1)
-        taken = []
+        each = []
         for _ in range(options.steps):
             step = {"input_ids": out.logits[:, -1:].argmax(-1), "past_key_values": out.past_key_values}
-            taken.append(timed(lambda step=step: model(**step), model.device))
-        return statistics.median(taken)
+            each.append(seconds(lambda step=step: model(**step), model.device))
+        return statistics.median(each)
 
     for repeat in range(options.repeats + 1):
-        taken = {"plain": steps(short)}
-        with prune(model, Plan({0: _halve}, "contiguous")) as trace:
-            taken["pruned"] = steps(batch)
+        one = {"plain": steps(short)}
+        with lv.prune(lvlm, Halve(layer=0, positions="contiguous")) as trace:
+            one["pruned"] = steps(batch)
         assert trace.tokens_per_layer == [stay.sum().item()] * options.deep
-        for way in seconds:
-            seconds[way] += [taken[way]] * (repeat > 0)
-    return {way: _facts(seconds[way], seconds["plain"]) for way in seconds}
+        for way in taken:
+            taken[way] += [one[way]] * (repeat > 0)
+    return {way: _facts(taken[way], taken["plain"]) for way in taken}
 
 
-def _facts(seconds: list[float], plain: list[float]) -> dict:
-    """Median and spread of the seconds, and the median over the repeats of what is more than in the plain model."""
-    more = statistics.median(a / b - 1 for a, b in zip(seconds, plain, strict=True))
-    return {
-        "seconds_median": round(statistics.median(seconds), 5), "seconds_min": round(min(seconds), 5),
-        "seconds_max": round(max(seconds), 5), "more_than_plain": round(more, 4),
-    }  # fmt: skip
+def _facts(taken: list[float], plain: list[float]) -> dict:
+    """The spread of the seconds, and the median over the repeats of what is more than in the plain model."""
+    return {**spread(taken), "more_than_plain": round(ratio(taken, plain) - 1, 4)}
 
 
 def _show(report: dict) -> None:
@@ -147,8 +140,8 @@ def _show(report: dict) -> None:
     for part, layers in report["layers"].items():
         print(f"{part} ({layers} layers)   seconds  (min to max)      against plain")
         for way, facts in report[part].items():
-            spread = f"({facts['seconds_min']:.4f} to {facts['seconds_max']:.4f})"
-            line = f"  {way:10}{facts['seconds_median']:12.4f}  {spread:20}{facts['more_than_plain']:+8.1%}"
+            between = f"({facts['seconds_min']:.4f} to {facts['seconds_max']:.4f})"
+            line = f"  {way:10}{facts['seconds_median']:12.4f}  {between:20}{facts['more_than_plain']:+8.1%}"
             if "ideal" in facts:
                 line += f"  {facts['speedup']}x of ideally {facts['ideal']}x: {facts['share']:.0%}"
             print(line)

@@ -13,20 +13,20 @@ falls with the depth of the model, which the choice does not know. Prints a tabl
 """
 
 import argparse
-import json
 import statistics
-from collections.abc import Callable, Collection
-from pathlib import Path
+from collections.abc import Callable
+from importlib import import_module
 
 import torch
-from common import machine, seconds
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from common import CLIP_L, arguments, lvlm, machine, prompt, seconds, spread, write
+from transformers import PreTrainedConfig
 
+import lvlm_utils as lv
 from lvlm_utils.efficiency import decoder_flops
-from lvlm_utils.pruning import METHODS, prune
+from lvlm_utils.methods import METHODS, fitted
 
 WIDTH, HEADS, HIDDEN = 1024, 16, 4096  # of the tower; of the tokens that come out of the projector
-TEXT, VOCABULARY, IMAGE = 64, 1000, 999
+TEXT = 64
 SHARES = (0.25, 0.0625, 0.021)  # of the visual tokens that are kept: 144, 36 and 12 of 576; notebook 10 looks them up
 MIDDLE = SHARES[1]
 SIZES = ((576, 1), (576, 8), (2880, 1), (2880, 8))  # patches, pictures
@@ -35,15 +35,7 @@ TOWER = 6  # layers
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=2048, help="hidden size of the decoder")
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
-    options = parser.parse_args()
+    options = arguments(__doc__, __file__, repeats=5, width=2048, heads=16, layers=8).parse_args()
     alone = _alone(options)
     report = {
         "width": options.width, "heads": options.heads, "layers": options.layers, "dtype": options.dtype,
@@ -56,7 +48,7 @@ def main() -> None:
             if choice is not None and "saved" in facts:
                 facts["choice"] = round(choice * facts["choices"], 5)
                 facts["share"] = round(facts["choice"] / (facts["saved"] + facts["choice"]), 4)
-    options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write(report, options.out)
     _show(report)
 
 
@@ -76,23 +68,24 @@ def _calls(patches: int, batch: int, share: float, options: argparse.Namespace) 
     rater = torch.ones(batch, TEXT, dtype=torch.bool, device=options.device)
     on_visual = torch.randn(batch, HEADS, TEXT, patches, **at).softmax(-1)
     query, heads = torch.randn(batch, 32, 128, **at), torch.randn(batch, 32, patches, 128, **at)
-    use = {name: method.__dict__ for name, method in METHODS.items()}
+    use = {name: import_module(f"lvlm_utils.methods.{name}") for name in METHODS}
+    most = keep - keep * 10 // 64  # of VisionZip's tokens are dominant
     return {
-        "vispruner": lambda: use["vispruner"]["select"](features, cls, keep),
-        "fastervlm": lambda: use["fastervlm"]["select"](cls, keep),
-        "fopru": lambda: use["fopru"]["select"](between, keep),
-        "prumerge": lambda: use["prumerge"]["merge"](features, hidden[:, 0], hidden, keep=keep - 1),
-        "prumerge_plus": lambda: use["prumerge"]["merge"](features, hidden[:, 0], hidden, True, keep - 1),
-        "visionzip": lambda: use["visionzip"]["reduce"](hidden, rows, keys.mean(1), keep - keep * 10 // 64,
-                                                        keep * 10 // 64),
-        "tome": lambda: use["tome"]["reduce"](keys.mean(1)[:, 1:], features, patches - keep),
-        "divprune": lambda: use["divprune"]["select"](projected, keep),
-        "cdpruner": lambda: use["cdpruner"]["select"](projected, cls, keep),
-        "fastv": lambda: use["fastv"]["select"](rows[..., 1:], keep),
-        "sparsevlm": lambda: use["sparsevlm"]["select"](on_visual, use["sparsevlm"]["raters"](projected, text) | rater,
-                                                        keep),
-        "pyramiddrop": lambda: use["pyramiddrop"]["select"](query, heads, keep),
-    }  # fmt: skip
+        "vispruner": lambda: use["vispruner"].select(features, cls, keep),
+        "fastervlm": lambda: use["fastervlm"].select(cls, keep),
+        "fopru": lambda: use["fopru"].select(between, keep),
+        "prumerge": lambda: use["prumerge"].reduce(features, hidden[:, 0], hidden, keep=keep - 1),
+        "prumerge_plus": lambda: use["prumerge"].reduce(features, hidden[:, 0], hidden, True, keep - 1),
+        "visionzip": lambda: use["visionzip"].reduce(hidden, rows, keys.mean(1), most, keep - most),
+        "tome": lambda: use["tome"].reduce(keys.mean(1)[:, 1:], features, patches - keep),
+        "divprune": lambda: use["divprune"].select(projected, keep),
+        "cdpruner": lambda: use["cdpruner"].select(projected, cls, keep),
+        "fastv": lambda: use["fastv"].select(rows[..., 1:], keep),
+        "sparsevlm": lambda: use["sparsevlm"].select(
+            on_visual, use["sparsevlm"].raters(projected, text) | rater, keep
+        ),
+        "pyramiddrop": lambda: use["pyramiddrop"].select(query, heads, keep),
+    }
 
 
 @torch.inference_mode()
@@ -109,37 +102,18 @@ def _alone(options: argparse.Namespace) -> dict[float, dict]:
     return found
 
 
-def _build(options: argparse.Namespace) -> tuple[LlavaForConditionalGeneration, dict]:
-    """A random LLaVA with the first layers of CLIP-L/14-336, and a prompt."""
-    vision = CLIPVisionConfig(
-        hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=TOWER, num_attention_heads=HEADS,
-        image_size=336, patch_size=14,
-    )  # fmt: skip
-    text = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=options.width, intermediate_size=options.width * 11 // 4,
-        num_hidden_layers=options.layers, num_attention_heads=options.heads,
-    )  # fmt: skip
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
-    torch.manual_seed(0)
-    dtype = getattr(torch, options.dtype)
-    with torch.device(options.device):
-        model = LlavaForConditionalGeneration._from_config(config, dtype=dtype).eval()
-        words = torch.randint(1, IMAGE, (TEXT,))
-        ids = torch.cat([words[:9], torch.full((576,), IMAGE), words[9:]])[None]
-        pixels = torch.randn(1, 3, 336, 336, dtype=dtype)
-    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-
-
 @torch.inference_mode()
 def _prefill(options: argparse.Namespace) -> dict:
     """The plain prefill, and by share and method the pruned one; what a method cannot do is told in place of times."""
-    model, batch = _build(options)
-    names = [name for name, method in METHODS.items() if method.KIND != "text"]
+    tower = {**CLIP_L, "num_hidden_layers": TOWER}
+    model = lvlm(options.width, options.heads, options.layers, tower, options.device, options.dtype)
+    batch = prompt(model, TEXT).inputs
+    names = [name for name, method in METHODS.items() if method.kind != "text"]
     taken: dict[tuple, list[tuple[float, float]]] = {}
     told: dict[tuple, dict] = {}
 
     def run() -> object:
-        return model(**batch, logits_to_keep=1)
+        return model.model(**batch, logits_to_keep=1)
 
     for repeat in range(options.repeats + 1):  # the first is to warm up, at one share
         for share in SHARES if repeat else SHARES[:1]:
@@ -147,27 +121,28 @@ def _prefill(options: argparse.Namespace) -> dict:
                 if at % 7 == 0:  # the plain model again, as a machine does not stay as fast
                     plain = seconds(run, model.device)
                 try:
-                    plan = METHODS[name].plan(model, keep=share)
-                    with prune(model, plan) as trace:
+                    method = fitted(model, name, keep=share)
+                    with lv.prune(model, name, keep=share) as trace:
                         pair = plain, seconds(run, model.device)
                 except ValueError as error:
                     told[share, name] = {"cannot": str(error)}
                     continue
                 taken.setdefault((share, name), []).extend([pair] * (repeat > 0))
-                choices = TOWER - 1 if name == "tome" else len(plan.choose)
+                choices = TOWER - 1 if name == "tome" else len(method.before())
                 told[share, name] = {"choices": choices, "tokens": trace.tokens_per_layer}
     plain = {one for pairs in taken.values() for one, _ in pairs}
-    found = {"plain": _of_seconds(plain)}
+    found = {"plain": _two(spread(plain))}
     for (share, name), facts in told.items():
-        found.setdefault(str(share), {})[name] = _facts(model.config, facts, taken.get((share, name), []), min(plain))
+        pairs, config = taken.get((share, name), []), model.model.config
+        found.setdefault(str(share), {})[name] = _facts(config, facts, pairs, min(plain))
     return found
 
 
-def _of_seconds(taken: Collection[float]) -> dict:
-    return {"seconds_median": round(statistics.median(taken), 5), "seconds_min": round(min(taken), 5)}
+def _two(facts: dict) -> dict:
+    return {name: facts[name] for name in ("seconds_median", "seconds_min")}
 
 
-def _facts(config: LlavaConfig, told: dict, pairs: list[tuple[float, float]], plain: float) -> dict:
+def _facts(config: PreTrainedConfig, told: dict, pairs: list[tuple[float, float]], plain: float) -> dict:
     """Of one method at one share, from (plain, pruned) seconds; `of_plain` from the fastest of each.
 
     What else a machine does can only make a run slower, so that the fastest one says most.
@@ -175,7 +150,7 @@ def _facts(config: LlavaConfig, told: dict, pairs: list[tuple[float, float]], pl
     if "cannot" in told:
         return told
     tokens, full = told["tokens"], decoder_flops(config, 576 + TEXT)["prefill"]
-    return _of_seconds([pruned for _, pruned in pairs]) | {
+    return _two(spread([pruned for _, pruned in pairs])) | {
         "saved": round(statistics.median(a - b for a, b in pairs), 5),
         "speedup": round(statistics.median(a / b for a, b in pairs), 3),
         "of_plain": round(min(pruned for _, pruned in pairs) / plain, 4),

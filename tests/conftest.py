@@ -1,28 +1,16 @@
-"""A tiny random LLaVA with its own tokenizer, built in memory: tests need no weights and no network."""
+"""A tiny random LLaVA with a tokenizer of bytes, built in memory: tests need no weights and no network."""
 
 import random
 
+import families
 import numpy as np
 import pandas as pd
+import processors
 import pytest
-import torch
 from PIL import Image, ImageDraw
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaNextImageProcessor,
-    LlavaNextProcessor,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-    VipLlavaConfig,
-    VipLlavaForConditionalGeneration,
-)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import processors as post
+from transformers import PreTrainedTokenizerFast
 
 import lvlm_utils as lv
 
@@ -59,7 +47,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         special_tokens=["<pad>", "<s>", "</s>", "<image>"],
     )  # fmt: skip
     tokenizer.train_from_iterator([f"USER: {s} ASSISTANT: yes ASSISTANT: no" for s in SENTENCES] * 5, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = post.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
         extra_special_tokens={"image_token": "<image>"},
@@ -68,37 +56,9 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 def build(kv_heads: int = 4, family: str = "llava", window: int = 4096):
     """(model, processor): 16 patches a tile, 3 vision and 4 decoder layers; attention shows in the logits."""
-    tokenizer = _tokenizer()
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=7
-    )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=kv_heads, max_position_embeddings=window, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    tiles = [[28, 56], [56, 28], [56, 56]]
-    config_class, model_class, options = {
-        "llava": (LlavaConfig, LlavaForConditionalGeneration, {"vision_feature_layer": -2}),
-        "vipllava": (VipLlavaConfig, VipLlavaForConditionalGeneration, {"vision_feature_layers": [-2, -1]}),
-        "llava_next": (LlavaNextConfig, LlavaNextForConditionalGeneration, {"image_grid_pinpoints": tiles}),
-    }[family]
-    torch.manual_seed(0)
-    model = model_class(config_class(vision_config=vision, text_config=text, image_token_id=3, **options)).eval()
-    with torch.no_grad():  # at the default initialisation attention barely moves the logits and every test would pass
-        for parameter in model.get_decoder().layers.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(7)
-        model.get_input_embeddings().weight.mul_(20)
-        model.get_output_embeddings().weight.mul_(20)
-    size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
-    common = {
-        "tokenizer": tokenizer, "patch_size": 7, "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1, "chat_template": TEMPLATE,
-    }  # fmt: skip
-    if family == "llava_next":
-        pictures = LlavaNextImageProcessor(image_grid_pinpoints=tiles, **size)
-        return model, LlavaNextProcessor(image_processor=pictures, **common)
-    return model, LlavaProcessor(image_processor=CLIPImageProcessor(**size), **common)
+    model = families.build(family, kv_heads=kv_heads, window=window)
+    model.generation_config.eos_token_id = families.EOS
+    return model, processors.processor(family, tokenizer=_tokenizer(), chat_template=TEMPLATE)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,6 @@ VOCABULARY = 640  # size of the vocabulary; the ids below 32 are reserved for sp
 PAD, BOS, EOS, IMAGE, VIDEO, VISION_START, VISION_END = range(7)
 FIRST_TEXT = 32
 SIDE, PATCH = 28, 7  # pixels: a tile has 4 x 4 patches
-PINPOINTS = [[28, 56], [56, 28], [56, 56]]  # tile layouts of the LLaVA-NeXT kind, height and width in pixels
 FRAMES = 3
 GAIN = 1.4
 
@@ -36,12 +35,17 @@ class Tiny:
     typed: bool = False  # the model wants mm_token_type_ids
 
 
+def pinpoints(side: int) -> list[list[int]]:
+    """Layouts of one by two, two by one and two by two tiles of `side` pixels: their (height, width) in pixels."""
+    return [[side, 2 * side], [2 * side, side], [2 * side, 2 * side]]
+
+
 # Configurations -----------------------------------------------------------------------------------------------------
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
 SQUARE = {**TOWER, "image_size": SIDE, "patch_size": PATCH}
 GRID = {"depth": 3, "num_heads": 2, "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2}
 BOTH = {"image_token_index": IMAGE, "video_token_index": VIDEO}
-TILED = {"image_token_index": IMAGE, "image_grid_pinpoints": PINPOINTS}
+TILED = {"image_token_index": IMAGE, "image_grid_pinpoints": pinpoints(SIDE)}
 
 
 def _clip() -> hf.CLIPVisionConfig:
@@ -118,7 +122,7 @@ SHAPES = [(28, 56, 3, 16 + 4 * 9), (20, 56, 3, 16 + 2 * 9), (56, 56, 5, 16 + 8 *
 
 
 def _anyres(pick: Pick) -> Made:
-    """Base tile and tiles of a layout from PINPOINTS; the rows that only pad the second shape are cut off."""
+    """Base tile and tiles of a layout from `pinpoints`; the rows that only pad the second shape are cut off."""
     chosen = [SHAPES[shape % len(SHAPES)] for row in pick for shape in row]
     pixels = torch.zeros(len(chosen), max(tiles for *_, tiles, _ in chosen), 3, SIDE, SIDE)
     for picture, (_, _, tiles, _) in zip(pixels, chosen, strict=True):
@@ -270,18 +274,38 @@ VIDEO_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.video
 
 # Models and inputs --------------------------------------------------------------------------------------------------
 def build(
-    family: str, layers: int = 4, heads: int = 4, kv_heads: int = 2, window: int = 512, seed: int = 0
+    family: str,
+    layers: int = 4,
+    heads: int = 4,
+    kv_heads: int = 2,
+    window: int = 512,
+    seed: int = 0,
+    text: dict | None = None,
+    tower: dict | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> hf.PreTrainedModel:
-    """A tiny random model of the family, fp32, in eval mode, which never stops generating by itself."""
-    text = {
+    """A random model of the family, in eval mode, which never stops generating by itself; tiny unless told otherwise.
+
+    text: options of the language model's config in place of those of a tiny one ("hidden_size", "vocab_size" ...).
+    tower: options of the tower's config, likewise, for families with a plain tower; layouts of tiles follow its
+    "image_size". device, dtype: where and as what the weights are made; on a GPU billions of them take seconds.
+    """
+    options = {
         "vocab_size": VOCABULARY, "hidden_size": 16 * heads, "intermediate_size": 24 * heads, "head_dim": 16,
         "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
         "max_position_embeddings": window, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": None,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": False, **(text or {}),
     }  # fmt: skip
+    config = FAMILIES[family].config(options)
+    if tower:
+        config.vision_config.update(tower)
+    if tower and hasattr(config, "image_grid_pinpoints"):
+        config.image_grid_pinpoints = pinpoints(config.vision_config.image_size)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = hf.AutoModelForImageTextToText.from_config(FAMILIES[family].config(text)).eval()
+        with torch.device(device):
+            model = hf.AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
         for module in model.modules():
             _draw(module)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, PAD
@@ -295,7 +319,7 @@ def _draw(module: nn.Module) -> None:
     for name, value in module.named_parameters(recurse=False):
         if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d) and name == "weight":
             nn.init.normal_(value, std=GAIN / value[0].numel() ** 0.5)
-        elif isinstance(module, nn.Embedding) and len(value) == VOCABULARY:
+        elif isinstance(module, nn.Embedding) and len(value) >= VOCABULARY:  # of words, not of positions
             nn.init.normal_(value)
         else:  # biases, [CLS], position embeddings, newline, layer scale
             nn.init.normal_(value, std=0.3)

@@ -7,7 +7,7 @@ on purpose in what a template may do: write BOS, strip the text, close the user'
 import numpy as np
 import torch
 import transformers as hf
-from families import BOS, EOS, FIRST_TEXT, IMAGE, PAD, PATCH, PINPOINTS, SIDE, VIDEO, VISION_END, VISION_START, build
+from families import BOS, EOS, FIRST_TEXT, IMAGE, PAD, PATCH, SIDE, VIDEO, VISION_END, VISION_START, build, pinpoints
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers import processors as post
 from transformers.models.smolvlm import processing_smolvlm
@@ -132,7 +132,6 @@ def tokenizer(family: str) -> hf.PreTrainedTokenizerFast:
 
 # Pictures and videos ------------------------------------------------------------------------------------------------
 _SQUARE = {"height": SIDE, "width": SIDE}
-_CROP = {"size": {"shortest_edge": SIDE}, "crop_size": _SQUARE}
 _PATCHES = {"patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2}
 _PIXELS = {"shortest_edge": 14 * 14, "longest_edge": 42 * 56}
 _VIDEO_PIXELS = {"shortest_edge": 14 * 14, "longest_edge": 8 * 42 * 56}
@@ -179,13 +178,6 @@ class Frames:
             data["video_compression_mask"] = torch.cat([one.flatten() for one in new])
         return data
 
-    @staticmethod
-    def _new(tokens: torch.Tensor) -> torch.Tensor:
-        new = torch.ones(tokens.shape[:2], dtype=torch.bool)
-        new[1:] = (tokens[1:] != tokens[:-1]).any(-1)
-        new[:, 0] |= ~new.any(-1)
-        return new.flatten()
-
 
 def _videos(real: str, options: dict, **stand_in):
     if not is_torchvision_available():
@@ -201,27 +193,30 @@ def _real(name: str) -> type[hf.ProcessorMixin]:
     return type(name, (found,), {"check_argument_for_proper_class": lambda *_: None})
 
 
-def _llava(name: str, pictures: hf.BaseImageProcessor, **common) -> hf.ProcessorMixin:
+def _llava(name: str, pictures: hf.BaseImageProcessor, patch: int = PATCH, **common) -> hf.ProcessorMixin:
     return _real(name)(
-        image_processor=pictures, patch_size=PATCH, vision_feature_select_strategy="default",
+        image_processor=pictures, patch_size=patch, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, **common,
     )  # fmt: skip
 
 
-def _build(family: str, common: dict) -> hf.ProcessorMixin:
+def _build(family: str, common: dict, side: int, patch: int) -> hf.ProcessorMixin:
     """`common` holds the tokenizer and the chat template."""
-    anyres = {"image_grid_pinpoints": PINPOINTS, **_CROP}
+    crop = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    anyres = {"image_grid_pinpoints": pinpoints(side), **crop}
     split = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
     if family in ("llava", "vipllava"):
-        return _llava("LlavaProcessor", hf.CLIPImageProcessor(**_CROP), **common)
+        return _llava("LlavaProcessor", hf.CLIPImageProcessor(**crop), patch, **common)
     if family == "llava_next":
-        return _llava("LlavaNextProcessor", hf.LlavaNextImageProcessor(**anyres), **common)
+        return _llava("LlavaNextProcessor", hf.LlavaNextImageProcessor(**anyres), patch, **common)
+    if (side, patch) != (SIDE, PATCH):
+        raise ValueError(f"Other sizes are made for llava, vipllava and llava_next, not for {family}.")
     if family == "llava_next_video":
-        common["video_processor"] = _videos("LlavaNextVideoVideoProcessor", _CROP)
+        common["video_processor"] = _videos("LlavaNextVideoVideoProcessor", crop)
         return _llava("LlavaNextVideoProcessor", hf.LlavaNextImageProcessor(**anyres), **common)
     if family == "video_llava":
-        common["video_processor"] = _videos("VideoLlavaVideoProcessor", _CROP)
-        return _llava("VideoLlavaProcessor", hf.VideoLlavaImageProcessor(**_CROP), **common)
+        common["video_processor"] = _videos("VideoLlavaVideoProcessor", crop)
+        return _llava("VideoLlavaProcessor", hf.VideoLlavaImageProcessor(**crop), **common)
     if family == "deepseek_vl":
         return hf.DeepseekVLProcessor(hf.DeepseekVLImageProcessor(size=_SQUARE), num_image_tokens=16, **common)
     if family == "deepseek_vl_hybrid":
@@ -234,7 +229,7 @@ def _build(family: str, common: dict) -> hf.ProcessorMixin:
         return _real("InternVLProcessor")(pictures, image_seq_length=4, **common)
     if family == "llava_onevision":
         common["video_processor"] = _videos("LlavaOnevisionVideoProcessor", {"size": _SQUARE})
-        pictures = hf.LlavaOnevisionImageProcessor(size=_SQUARE, image_grid_pinpoints=PINPOINTS)
+        pictures = hf.LlavaOnevisionImageProcessor(size=_SQUARE, image_grid_pinpoints=pinpoints(SIDE))
         options = {"num_image_tokens": (SIDE // PATCH) ** 2, "vision_feature_select_strategy": "full"}
         return _real("LlavaOnevisionProcessor")(pictures, **options, **common)
     if family == "idefics3":
@@ -256,9 +251,13 @@ def _build(family: str, common: dict) -> hf.ProcessorMixin:
     return _real(f"{kind}Processor")(hf.Qwen2VLImageProcessor(**_PATCHES, size=_PIXELS), **common)
 
 
-def processor(family: str) -> hf.ProcessorMixin:
-    """The family's processor, for models of families.build."""
-    return _build(family, {"tokenizer": tokenizer(family), "chat_template": TEMPLATES[family]})
+def processor(family: str, side: int = SIDE, patch: int = PATCH, **text) -> hf.ProcessorMixin:
+    """The family's processor, for models of families.build.
+
+    side, patch: of its tiles, in pixels. text: `tokenizer` and `chat_template`, in place of those of the family.
+    """
+    common = text or {"tokenizer": tokenizer(family), "chat_template": TEMPLATES[family]}
+    return _build(family, common, side, patch)
 
 
 def lvlm(family: str, window: int = 2048) -> "lv.models.LVLM":
