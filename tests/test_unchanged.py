@@ -423,7 +423,7 @@ def observed(rows):
 @pytest.mark.parametrize(
     ("module", "name", "again"),
     [("lvlm_utils.attention.streaming", "_blocks", True), ("lvlm_utils.prompts", "render", True),
-     ("lvlm_utils.saliency", "information_flow", False), ("lvlm_utils.pruning.engine", "narrowed", False),
+     ("lvlm_utils.saliency", "information_flow", False), ("lvlm_utils.pruning.engine", "_narrowed", False),
      ("lvlm_utils.stats", "wilson", False)],
 )  # fmt: skip
 def test_a_measurement_runs_through_the_code_that_it_names(tiny, images, tmp_path, monkeypatch, module, name, again):
