@@ -24,12 +24,12 @@ def test_other_questions_about_one_folder_stay(tiny, tmp_path):
         picture(colour).save(tmp_path / "pictures" / f"{number}.png")
     out, found = tmp_path / "out.parquet", []
     for question in ("Is the couch in it?", "Is the dog in it?"):
-        samples = lv.datasets.folder(tmp_path / "pictures", question)
+        samples = lv.samples.folder(tmp_path / "pictures", question)
         found.append(ask(tiny, samples, out=out))
     assert len(pd.read_parquet(out)) == 6 and set(pd.read_parquet(out)["question"]) == set(
         pd.concat(found)["question"]
     )
-    again = ask(tiny, lv.datasets.folder(tmp_path / "pictures", "Is the couch in it?"), out=out)
+    again = ask(tiny, lv.samples.folder(tmp_path / "pictures", "Is the couch in it?"), out=out)
     assert again["seconds"].tolist() == found[0]["seconds"].tolist()
 
 

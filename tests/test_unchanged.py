@@ -186,6 +186,10 @@ def grey(image, colour):
     return Image.new("RGB", image.size, "grey")
 
 
+def one_each(keep, have):
+    return torch.ones_like(have)
+
+
 def narrowed(before, keep, last, *rest, real=engine._narrowed):
     return real(before, keep | last, last, *rest)
 
@@ -195,7 +199,7 @@ def narrowed(before, keep, last, *rest, real=engine._narrowed):
     [
         (LastRow, "choose", lambda self, tokens: tokens.alive, LastRow(), True),  # a method
         (engine.Tokens, "best", bottom, LastRow(), True),  # what it calls
-        ("lvlm_utils.pruning.keep", "numbers", lambda keep, have: torch.ones_like(have), LastRow(), True),  # and what that
+        ("lvlm_utils.pruning.keep", "numbers", one_each, LastRow(), True),  # and what that calls
         (engine, "_narrowed", narrowed, LastRow(), True),  # the engine
         (LastRow, "positions", "contiguous", Scattered(), False),  # another method
         (engine, "_narrowed", narrowed, None, False),  # nothing is pruned
