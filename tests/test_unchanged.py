@@ -199,7 +199,7 @@ def narrowed(before, keep, last, *rest, real=engine.narrowed):
         (engine, "narrowed", narrowed, LastRow(), True),  # the engine
         (LastRow, "positions", "contiguous", Scattered(), False),  # another method
         (engine, "narrowed", narrowed, None, False),  # nothing is pruned
-        ("lvlm_utils.evaluate", "blank", grey, None, True),
+        (prompts, "blank", grey, None, True),
         (prompts, "MARK", "\ue001", None, True),  # a constant
         ("lvlm_utils.saliency", "information_flow", None, None, False),  # nothing that answers run through
         ("lvlm_utils.stats", "wilson", None, None, False),
