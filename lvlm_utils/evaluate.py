@@ -23,21 +23,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from lvlm_utils import prompts
 from lvlm_utils.methods import METHODS, Method, Trace, fitted, named
 from lvlm_utils.methods import prune as pruning
 from lvlm_utils.models import LVLM, evaluating
 from lvlm_utils.prefix import Ends, Reply, can_share, clusters, separate, shared
-from lvlm_utils.prompts import (
-    Prompt,
-    assemble,
-    blank,
-    check_length,
-    open_image,
-    pictures_of,
-    process,
-    render,
-    tokenizer_options,
-)  # fmt: skip
 from lvlm_utils.results import COLUMNS, MEASURED, Store, Unreadable, digest, fingerprint, path_of, revision_of
 from lvlm_utils.session import session_of
 from lvlm_utils.token_groups import inside
@@ -235,7 +225,7 @@ def _shown(picture: Any, condition: str) -> str:
         if condition == "none":
             return ""
         is_file = isinstance(picture, str | Path)
-        return digest(Path(picture).read_bytes()) if is_file else fingerprint(open_image(picture))
+        return digest(Path(picture).read_bytes()) if is_file else fingerprint(prompts.open_image(picture))
     except Exception as error:  # the row will say so
         return type(error).__name__
 
@@ -349,19 +339,19 @@ def _each(rows: list, run: Callable[[list], list]) -> list:
 
 def _prepare(lvlm: LVLM, condition: str, rows: list) -> "list[Asked | dict]":
     """Samples about one picture, tokenised in full, one by one; the picture is processed once."""
-    picture = None if condition == "none" else open_image(rows[0].image)
-    picture = picture if condition in ("original", "none") else blank(picture, condition)
-    rendered = [render(lvlm, picture is not None, row.context, row.question) for row in rows]
-    _, replaced = process(lvlm, [pictures_of(picture)], [None], rendered[:1])
+    picture = None if condition == "none" else prompts.open_image(rows[0].image)
+    picture = picture if condition in ("original", "none") else prompts.blank(picture, condition)
+    rendered = [prompts.render(lvlm, picture is not None, row.context, row.question) for row in rows]
+    _, replaced = prompts.process(lvlm, [prompts.pictures_of(picture)], [None], rendered[:1])
     rendered = [one.expanded(replaced[0]) for one in rendered]
-    batch = lvlm.tokenizer([one.text for one in rendered], **tokenizer_options(lvlm, rendered[0].text))
+    batch = lvlm.tokenizer([one.text for one in rendered], **prompts.tokenizer_options(lvlm, rendered[0].text))
     asked = []
     for row, text, ids, offsets in zip(rows, rendered, batch["input_ids"], batch["offset_mapping"], strict=True):
         context = inside(torch.from_numpy(np.array(offsets)), text.spans.get("context"))  # numpy reads lists faster
         counts = int(context.sum()), ids.count(lvlm.image_token_id), len(ids)
         asked.append(Asked(row, picture, ids, dict(zip(COUNTS, counts))))
         try:
-            check_length(lvlm, len(ids))
+            prompts.check_length(lvlm, len(ids))
         except ValueError as error:
             asked[-1] = _found(asked[-1], error=str(error))
     return asked
@@ -385,9 +375,9 @@ def _alike(lvlm: LVLM, asked: list[Asked], trace: Trace | None) -> Iterator[tupl
             yield [members[row] for row in rows], cuts
 
 
-def _assembled(lvlm: LVLM, asked: list[Asked]) -> Prompt:
-    rows = [one.row for one in asked]
-    return assemble(lvlm, [one.picture for one in asked], [row.context for row in rows], [row.question for row in rows])
+def _assembled(lvlm: LVLM, asked: list[Asked]) -> prompts.Prompt:
+    contexts, questions = ([getattr(one.row, name) for one in asked] for name in ("context", "question"))
+    return prompts.assemble(lvlm, [one.picture for one in asked], contexts, questions)
 
 
 def _together(lvlm: LVLM, asked: list[Asked], cuts: list[int], batch_size: int, trace: Trace | None) -> list[dict]:

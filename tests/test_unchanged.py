@@ -203,7 +203,7 @@ def narrowed(before, keep, last, *rest, real=engine._narrowed):
         (engine, "_narrowed", narrowed, LastRow(), True),  # the engine
         (LastRow, "positions", "contiguous", Scattered(), False),  # another method
         (engine, "_narrowed", narrowed, None, False),  # nothing is pruned
-        ("lvlm_utils.evaluate", "blank", grey, None, True),
+        (prompts, "blank", grey, None, True),
         (prompts, "MARK", "\ue001", None, True),  # a constant
         ("lvlm_utils.saliency", "information_flow", None, None, False),  # nothing that answers run through
         ("lvlm_utils.stats", "wilson", None, None, False),
