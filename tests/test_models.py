@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 import lvlm_utils as lv
 from lvlm_utils import models
-from lvlm_utils.evaluate import can_share
+from lvlm_utils.prefix import can_share
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +355,7 @@ def test_answers_are_those_of_separate_prompts(family, image):
     shared = lv.answer(lvlm, samples, max_new_tokens=3, progress=False)
     apart = lv.answer(lvlm, samples, max_new_tokens=3, progress=False, share=False, batch_size=1)
     same(shared, apart)
-    assert (shared["n_prefill_tokens"].sum() < apart["n_prefill_tokens"].sum()) == can_share(lvlm)
+    assert (shared["n_computed_tokens"].sum() < apart["n_computed_tokens"].sum()) == can_share(lvlm)
 
 
 def test_only_safetensors_are_read(folder, tmp_path, tiny):

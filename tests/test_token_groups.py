@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import QUESTION, ask, same, table, text_of
 from families import FAMILY_NAMES, IMAGE, PATCH, SIDE, VIDEO, VIDEO_FAMILIES
-from lvlm_utils.evaluate.prefix import can_share
+from lvlm_utils.prefix import can_share
 from PIL import Image
 from processors import lvlm
 
