@@ -74,7 +74,7 @@ def accuracy(results: pd.DataFrame, by: str | Sequence[str] = (), cluster: str =
         correct = _numbers(group, "correct")
         estimate, naive = proportion(correct, group[cluster]), wilson(correct.sum(), len(group))
         failed = group["error"].notna() if "error" in group else pd.Series(False, group.index)
-        answered = group["answer"].isin(["yes", "no"])
+        answered = group["parsed"].astype(bool) if "parsed" in group else group["answer"].isin(["yes", "no"])
         rows.append({**dict(zip(by, key)), "n": estimate.n, "clusters": estimate.clusters, "accuracy": estimate.value,
                      "low": estimate.low, "high": estimate.high, "wilson_low": naive.low, "wilson_high": naive.high,
                      "yes_rate": (group["answer"] == "yes").sum() / answered.sum() if answered.any() else np.nan,

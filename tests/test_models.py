@@ -275,7 +275,7 @@ def test_print_says_what_it_is(tiny, folder):
     lines = repr(lv.load(folder, device="cpu")).splitlines()
     assert len(lines) <= 4 and max(map(len, lines)) <= 120
     said = "\n".join(lines)
-    for word in ("my-llava", "llava", "0.2 M parameters", "float32", "cpu", "sdpa", "4096 tokens", "4 layers",
+    for word in ("my-llava", "llava", "0.3 M parameters", "float32", "cpu", "sdpa", "4096 tokens", "4 layers",
                  "3 layers", "CLIPVisionModel", "LlamaModel"):  # fmt: skip
         assert word in said, word
     assert repr(tiny).startswith("LVLM 'in-memory'")

@@ -129,5 +129,6 @@ def placed(pictures: Pictures, merged: Tensor, places: Tensor, positions: str) -
     if positions == "contiguous":
         places = places.sort(1).values
     new = pictures.project(merged)
+    places = places.to(new.device)  # the projector may be on another device than the tower
     whole = new.new_zeros(len(new), patches + 1, new.shape[-1])
     return _mask(places, patches), whole.scatter(1, places[..., None].expand_as(new), new)[:, :-1]

@@ -218,10 +218,11 @@ class Tokens:
             found = choice(pictures)
             pictures.keep(*(found if isinstance(found, tuple) else (found,)))
             at = pictures.rows[:, None], pictures.slots
-            stay = stay.index_put(at, pictures.kept)
+            kept = pictures.kept.to(stay.device)  # a tower may be on another device
+            stay = stay.index_put(at, kept)
             if pictures.merged is not None:
-                new = pictures.merged.to(hidden.dtype)
-                hidden = hidden.index_put(at, new.where(pictures.kept[..., None], hidden[at]))
+                new = pictures.merged.to(hidden.device, hidden.dtype)
+                hidden = hidden.index_put(at, new.where(kept[..., None], hidden[at]))
         return stay if hidden is self.hidden else (stay, hidden)
 
     def droppable(self, protect: Collection[Group] = ("system", "question")) -> Tensor:
