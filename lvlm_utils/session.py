@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from functools import update_wrapper
 from inspect import signature
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,13 @@ from lvlm_utils.families import decoder_of, towers_of, visual_ids
 from lvlm_utils.token_groups import TokenGroups
 
 LOCK = threading.RLock()
-OPEN: "dict[tuple[int, int], Session]" = {}  # (id of the model, thread) -> session
+OPEN: "WeakKeyDictionary[PreTrainedModel, dict[int, Session]]" = WeakKeyDictionary()  # model -> thread -> session
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
 def session_of(model: PreTrainedModel) -> "Session | None":
     """The session of a model in this thread."""
-    return OPEN.get((id(model), threading.get_ident()))
+    return OPEN.get(model, {}).get(threading.get_ident())
 
 
 @contextmanager
@@ -46,9 +47,8 @@ def told(model: PreTrainedModel, groups: TokenGroups | None) -> Iterator[None]:
 @contextmanager
 def joined(model: PreTrainedModel, part: Any) -> "Iterator[Session]":
     """The session of `model`, which calls `part.new_prompt()` where a prompt begins. Parts may leave in any order."""
-    key = id(model), threading.get_ident()
     with LOCK:
-        session = OPEN.get(key) or OPEN.setdefault(key, Session(model))
+        session = session_of(model) or OPEN.setdefault(model, {}).setdefault(threading.get_ident(), Session(model))
         session.parts.append(part)
     try:
         yield session
@@ -56,8 +56,10 @@ def joined(model: PreTrainedModel, part: Any) -> "Iterator[Session]":
         with LOCK:
             session.parts.pop(next(at for at, other in enumerate(session.parts) if other is part))
             if not session.parts:
-                del OPEN[key]
                 session.hooks.close()
+                del OPEN[model][session.thread]
+                if not OPEN[model]:
+                    del OPEN[model]
 
 
 class Session:

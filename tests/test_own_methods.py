@@ -2,7 +2,6 @@
 
 import functools
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import numpy as np
 import pandas as pd
@@ -118,9 +117,6 @@ def test_wrong_options_of_your_own_method_are_refused():
             lv.generate(opened("llava"), prompt("llava"), max_new_tokens=1)
 
 
-@pytest.mark.skipif(
-    find_spec("lvlm_utils.evaluate.pruned") is not None, reason="lv.answer takes no method of your own yet"
-)
 @pytest.mark.parametrize("method", [Loudest(), Nearest()], ids=str)
 def test_a_method_of_your_own_answers(method):
     asked = ["Is the couch in the image?", "Is the chair in the image?"] * 2

@@ -29,8 +29,9 @@ ORDER = (
     ("evaluate", "efficiency"),
 )
 MAY_IMPORT = {part: {*sum(ORDER[: at + 1], ())} for at, line in enumerate(ORDER) for part in line}
-MAY_IMPORT["results"] = MAY_IMPORT["prefix"]
-MAY_IMPORT["evaluate"] |= {"results"}
+MAY_IMPORT["results"] = MAY_IMPORT["models"] | {"?"}  # it reads code, and imports what that names
+for later in ("prefix", "evaluate"):
+    MAY_IMPORT[later] |= {"results"}
 MAY_IMPORT |= {"samples": {"results"}, "stats": set(), "figures": set(), "notebooks": set()}
 FORWARDING = ("lvlm_utils", "lvlm_utils.pruning")  # their __getattr__ imports names when they are first used
 MACHINE_PATH = re.compile(r"(?<![\w.<{$])/(home|root|work|Users|mnt)/\w")

@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import QUESTION, ask, same, table, text_of
 from families import FAMILY_NAMES, IMAGE, PATCH, SIDE, VIDEO, VIDEO_FAMILIES
-from lvlm_utils.prefix import can_share
 from PIL import Image
 from processors import lvlm
 
 import lvlm_utils as lv
 from lvlm_utils.families import FAMILIES, towers_of
+from lvlm_utils.prefix import can_share
 
 known = cache(lvlm)  # the tests leave the models as they are
 PARTS = ("system", "visual", "context", "question")

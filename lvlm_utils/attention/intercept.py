@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from inspect import unwrap
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -57,7 +58,7 @@ class _Watcher:
     thread: int
 
 
-WATCHED: dict[int, tuple[_Watcher, ...]] = {}  # id of a module -> who watches it
+WATCHED: "WeakKeyDictionary[nn.Module, tuple[_Watcher, ...]]" = WeakKeyDictionary()  # module -> who watches it
 
 
 @contextmanager
@@ -68,9 +69,9 @@ def intercept(see: Callable[[Call], None], *modules: nn.Module) -> Iterator[None
     window is not in its mask.
     """
     watcher = _Watcher(see, threading.get_ident())
-    parts = {id(part): part for module in modules for part in module.modules()}  # held, so that no other gets an id
+    parts = dict.fromkeys(part for module in modules for part in module.modules())
     with LOCK:
-        for part in parts.values():
+        for part in parts:
             name = getattr(getattr(part, "config", None), "_attn_implementation", None)
             function = ALL_ATTENTION_FUNCTIONS.get(name)
             if name and not isinstance(function, _Shown):
@@ -78,16 +79,14 @@ def intercept(see: Callable[[Call], None], *modules: nn.Module) -> Iterator[None
                     AttentionInterface.register(name, _Shown(function))
                 else:
                     ALL_ATTENTION_FUNCTIONS[name] = _Shown(function)
-        for key in parts:
-            WATCHED[key] = (*WATCHED.get(key, ()), watcher)
+            WATCHED[part] = (*WATCHED.get(part, ()), watcher)
     try:
         yield
     finally:
         with LOCK:
-            for key in parts:
-                left = tuple(other for other in WATCHED.pop(key) if other is not watcher)
-                if left:
-                    WATCHED[key] = left
+            for part in parts:
+                if left := tuple(other for other in WATCHED.pop(part) if other is not watcher):
+                    WATCHED[part] = left
 
 
 class _Shown:
@@ -100,7 +99,7 @@ class _Shown:
         run = self.function or _eager(module)
         out = run(module, query, key, value, attention_mask, *args, **kwargs)
         thread = threading.get_ident()
-        watchers = [one for one in WATCHED.get(id(module), ()) if one.thread == thread]
+        watchers = [one for one in WATCHED.get(module, ()) if one.thread == thread]
         if watchers:
             call = _call(module, query, key, value, attention_mask, out[0], kwargs)
             with plain_arithmetic(query.device):

@@ -404,7 +404,7 @@ def pruning(model: PreTrainedModel, method: Method) -> Iterator[Trace]:
     run = _Run(method, decoder_of(model))
     with ExitStack() as stack:
         with LOCK:
-            running = [session.engine for (key, _), session in OPEN.items() if key == id(model) and session.engine]
+            running = [session.engine for session in OPEN.get(model, {}).values() if session.engine]
             engine = running[0] if running else Engine(model)
             session = stack.enter_context(joined(model, engine))
             if engine.session is None:
