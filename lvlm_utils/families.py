@@ -1,4 +1,4 @@
-"""What sets one family of models apart: one record each, and nothing about a family stands anywhere else.
+"""What sets one family of models apart: one record each, and nothing about a family is said anywhere else.
 
 Another family is another record: `FAMILIES["my_llava"] = FAMILIES["llava"]`, or one changed by `dataclasses.replace`.
 """

@@ -41,7 +41,7 @@ class Flow:
 
     groups (layers, batch, G, G): sums over the queries of one group and the keys of another, [query group, key group]:
     what flows from the second to the first. diagonal (layers, batch, G): the part of groups[..., g, g] that tokens send
-    to themselves. pairs (layers, batch, G, G): pairs whose key stands before the query; only there something can flow.
+    to themselves. pairs (layers, batch, G, G): pairs whose key comes before the query; only there something can flow.
     tokens (batch, G): tokens of each group in the whole prompt. pruned (batch, tokens): those taken as pruned. loss
     (batch,): -ln of the target's probability.
     """
@@ -91,7 +91,7 @@ def information_flow(
 
     target: the answer as text, as the id of one token, or as ids of several tokens in a tuple; a list has one for each
     row of a batch. Several tokens are read one after the other, and L = -ln p is summed over them. position: the column
-    of the prompt that predicts the first of them, -1 is the last; what stands behind it counts nowhere.
+    of the prompt that predicts the first of them, -1 is the last; what comes after it counts nowhere.
 
     pruned: bool (batch, tokens), the text that is pruned (c); visual tokens and the target are never counted in it. By
     default what `lv.prune` drops, and where nothing prunes the model all of the context. The other text is preserved
@@ -171,16 +171,16 @@ def _groups(prompt: Prompt, pruned: Tensor | None, target: Tensor, last: Stage |
         raise ValueError(f"pruned has to be bool {tuple(text.shape)}, not {pruned.dtype} {tuple(pruned.shape)}.")
     if pruned is None and last is not None:
         pruned = ~torch.zeros_like(text).scatter(1, last.place.to(text.device), last.alive.to(text.device))
-    behind = target.any(0).cumsum(0)[: text.shape[1]] > 0
-    pruned = (prompt.groups.context if pruned is None else pruned.to(text.device)) & text & ~behind
-    masks = [mask & ~behind for mask in (prompt.groups.visual, text & ~pruned, pruned)]
+    after = target.any(0).cumsum(0)[: text.shape[1]] > 0
+    pruned = (prompt.groups.context if pruned is None else pruned.to(text.device)) & text & ~after
+    masks = [mask & ~after for mask in (prompt.groups.visual, text & ~pruned, pruned)]
     return torch.stack([*(pad(mask, (0, target.shape[1] - text.shape[1])) for mask in masks), target], -1), pruned
 
 
 def _question(
     lvlm: LVLM, prompt: Prompt, target: Target | list[Target], position: int
 ) -> tuple[dict[str, Tensor], Tensor, int]:
-    """Inputs with all but the last token of the answer behind the prompt; the answer (batch, tokens), -1 where it is
+    """Inputs with all but the last token of the answer after the prompt; the answer (batch, tokens), -1 where it is
     shorter than others; the column that predicts its first token."""
     real = prompt.inputs["attention_mask"].bool()
     batch, tokens = real.shape
@@ -204,7 +204,7 @@ def _question(
 
 
 def _answer(lvlm: LVLM, text: str, target: Target) -> list[int]:
-    """Token ids of a target; as text it goes on from the prompt, behind a space unless the prompt ends in one."""
+    """Token ids of a target; as text it goes on from the prompt, after a space unless the prompt ends in one."""
     if isinstance(target, str):
         written = text + target.strip() if text[-1:].isspace() else f"{text} {target.strip()}"
         before, whole = (lvlm.tokenizer(one, add_special_tokens=False).input_ids for one in (text, written))

@@ -89,12 +89,12 @@ def paired(results_a: pd.DataFrame, results_b: pd.DataFrame, cluster: str = CLUS
     Interval and p come from the mean of the differences with cluster-robust variance and t over the clusters. With one
     question per cluster and a yes/no value, p is McNemar's exact one. value: a column, e.g. "correct" or "margin"; a
     column of booleans made by the caller, e.g. said_yes, tests a change of bias.
-    Raises ValueError when the samples differ or stand twice (filter length and condition first).
+    Raises ValueError when the samples differ or appear twice (filter length and condition first).
     """
     a, b = (frame.set_index("sample") for frame in (results_a, results_b))
     for name, frame in (("a", a), ("b", b)):
         if frame.index.has_duplicates:
-            raise ValueError(f"results_{name}: sample {frame.index[frame.index.duplicated()][0]!r} stands twice; "
+            raise ValueError(f"results_{name}: sample {frame.index[frame.index.duplicated()][0]!r} appears twice; "
                              "keep one length and one condition")
     if set(a.index) != set(b.index) or a.empty:
         raise ValueError(f"the two results must hold the same samples: {len(set(a.index) - set(b.index))} only in a, "

@@ -86,7 +86,7 @@ def test_paired_edge_cases():
     assert lost.value == -1 and lost.p == pytest.approx(0.25) and "sign test" in lost.test
     with pytest.raises(ValueError, match="must hold the same samples: 1 only in a"):
         stats.paired(a, a.iloc[1:])
-    with pytest.raises(ValueError, match="results_b: sample 's0' stands twice"):
+    with pytest.raises(ValueError, match="results_b: sample 's0' appears twice"):
         stats.paired(a, pd.concat([a, a]))
     with pytest.raises(ValueError, match="only 1 cluster"):
         stats.paired(a.iloc[:2], a.iloc[:2])

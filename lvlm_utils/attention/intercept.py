@@ -3,7 +3,7 @@
 Transformers looks the implementation up by name in `ALL_ATTENTION_FUNCTIONS` at every call. The first time that a name
 is watched, its function is wrapped there, once and for all: the wrapper calls the same function and then shows the call
 to whoever watches the module in this thread. No config changes, so masks, kernels and outputs stay as they are, bit by
-bit, and modules that nobody watches pass through. "eager" is not in the table: its function stands in the file of the
+bit, and modules that nobody watches pass through. "eager" is not in the table: its function is in the file of the
 module, where the library takes it from too.
 """
 

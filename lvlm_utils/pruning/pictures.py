@@ -63,7 +63,7 @@ class Pictures:
         if first.picture is None or first.picture.features is None:
             return self.projected
         found = [view.picture.features for view in self.views]
-        if self._patch_by_patch:  # behind [CLS], which Video-LLaVA projects too
+        if self._patch_by_patch:  # after [CLS], which Video-LLaVA projects too
             rows = [x[len(x) - first.size :].T for x in found]
             return torch.stack([self._of_tokens(x, view).T for x, view in zip(rows, self.views, strict=True)])
         if len(found[0]) * first.patches.shape[1] == first.size:  # merged before the projector
