@@ -74,11 +74,15 @@ def open_image(source: Picture) -> Image.Image:
 def _as_seen(image: Image.Image) -> Image.Image:
     if 0 in image.size:
         raise ValueError("it has no pixels")
+    inverted = image.format == "TIFF" and image.tag_v2.get(262) == 0  # white is zero, which Pillow leaves so in 16 bits
     image = ImageOps.exif_transpose(image)
+    clear = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(clear, tuple) and max(clear) > 255:
+        raise ValueError("its transparent colour has 16 bits and its pixels 8: save it with an alpha channel")
     if image.mode.startswith(("I", "F")):  # grey of more than 8 bits, of which one value may stand for transparent
         values = np.asarray(image)
-        clear = values == image.info.get("transparency")
-        return Image.fromarray(np.where(clear, np.uint8(255), _eight_bits(values))).convert("RGB")
+        values = 65535 - values if inverted and image.mode.startswith("I;16") else values
+        return Image.fromarray(np.where(values == clear, np.uint8(255), _eight_bits(values))).convert("RGB")
     if image.mode == "La":  # Pillow converts it to nothing else
         image = image.convert("LA")
     if image.has_transparency_data:

@@ -26,7 +26,7 @@ from lvlm_utils.attention.visibility import Views
 from lvlm_utils.models import LVLM, evaluating
 from lvlm_utils.prompts import Prompt
 from lvlm_utils.pruning.engine import Stage, stage_of
-from lvlm_utils.session import plain_arithmetic, session_of, told
+from lvlm_utils.session import check_checkpointing, plain_arithmetic, session_of, told
 
 GROUPS = ("visual", "preserved", "pruned", "target")  # v, r, c and t of Eq. 18 to 23
 # source and target of each score, as numbers of GROUPS
@@ -110,7 +110,7 @@ def information_flow(
     session = session_of(model)
     if session is not None and session.engine is not None and first < columns - 1:
         raise ValueError("Inside lv.prune the target is one token, predicted by the last token of the prompt.")
-    _check_checkpointing(model)
+    check_checkpointing(model)
     recorder = _Recorder(model, layers, absolute)
     with (
         torch.inference_mode(False), torch.enable_grad(), _frozen(model), evaluating(model), told(model, prompt.groups)
@@ -216,18 +216,6 @@ def _answer(lvlm: LVLM, text: str, target: Target) -> list[int]:
     if not ids or not all(0 <= one < size for one in ids):
         raise ValueError(f"target={target!r} is neither text nor ids of tokens, 0 to {size - 1}.")
     return ids
-
-
-def _check_checkpointing(model: PreTrainedModel) -> None:
-    """ValueError where layers would be run without a graph, so that no gradient passes by."""
-    for module in model.modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        reentrant = getattr(function, "keywords", {}).get("use_reentrant", False)
-        if module.training and getattr(module, "gradient_checkpointing", False) and reentrant:
-            raise ValueError(
-                "Reentrant gradient checkpointing hides the gradients of attention: "
-                'model.gradient_checkpointing_enable({"use_reentrant": False}), or model.eval().'
-            )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ prompt in another way than in one forward pass; and its hooks do nothing in a co
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -73,6 +73,7 @@ class Session:
         self.ids: Tensor | None = None  # its input_ids, where they are known
         self.rows = 1  # of the batch for each prompt: beams, or several answers
         self.generating = False
+        self.prompts = 0  # that generate has read
         self.read = True  # the decoder has got the pictures that a tower has seen so far
         self.hooks = ExitStack()
         self.hooks.callback(instead(model, "generate", _generate))
@@ -115,6 +116,9 @@ class Session:
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if is_prompt(kwargs):
+            self.prompts += 1
+            if self.generating and self.prompts > 1:
+                raise ValueError("generate read a second prompt on its way, which is not the one that was asked.")
             if self.read or not self._shows_pictures():
                 self.begin()
             self.read = True
@@ -178,6 +182,8 @@ class _Instead:
         return self.function(self.owner, self.method, *args, **kwargs)
 
     def __reduce__(self) -> tuple:
+        if self.own is not None:
+            return partial, (self.own,)
         return getattr, (self.owner, self.name)  # while a copy is made, its class alone has the name
 
 
@@ -193,9 +199,11 @@ def instead(owner: Any, name: str, function: Callable) -> Callable[[], None]:
     def undo() -> None:
         with LOCK:
             now.users -= 1
-            if now.users == 0 and now.own is not None:
+            if now.users or vars(owner).get(name) is not now:  # somebody put another there meanwhile
+                return
+            if now.own is not None:
                 setattr(owner, name, now.own)
-            elif now.users == 0:
+            else:
                 delattr(owner, name)
 
     return undo
@@ -208,10 +216,12 @@ def _generate(model: PreTrainedModel, method: Callable, *args: Any, **kwargs: An
         return method(*args, **kwargs)
     named = signature(method).bind(*args, **kwargs).arguments
     given = {**named.pop("kwargs", {}), **named}
-    settings = {**(given.get("generation_config") or model.generation_config).to_dict(), **given}
+    config = given.get("generation_config")  # what it leaves open is that of the model, as in the library
+    layers = model.generation_config.to_dict(), {} if config is None else config.to_dict(), given
+    settings = {name: value for layer in layers for name, value in layer.items() if value is not None}
     _refuse(settings)
     session.rows = max(settings.get("num_beams") or 1, settings.get("num_return_sequences") or 1)
-    session.generating = True
+    session.generating, session.prompts = True, 0
     try:
         session.begin()
         return method(*args, **kwargs)
@@ -232,6 +242,18 @@ def _refuse(settings: dict[str, Any]) -> None:
         raise ValueError("guidance_scale reads a second prompt beside the first: leave it out.")
     if cache is not None and cache.get_seq_length() > 0:
         raise ValueError("past_key_values already hold tokens: generate from the whole prompt.")
+
+
+def check_checkpointing(model: PreTrainedModel) -> None:
+    """ValueError where layers would be run without a graph, so that gradients are lost without a word."""
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        reentrant = getattr(function, "keywords", {}).get("use_reentrant", False)
+        if module.training and getattr(module, "gradient_checkpointing", False) and reentrant:
+            raise ValueError(
+                "Reentrant gradient checkpointing hides gradients from what watches the model: "
+                'model.gradient_checkpointing_enable({"use_reentrant": False}), or model.eval().'
+            )
 
 
 @contextmanager

@@ -266,3 +266,16 @@ def test_pictures_that_break_while_they_are_read_are_named(tmp_path, monkeypatch
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match=r"big.jpg is not a readable picture: .*409600 pixels"):
         open_image(path)
+
+
+def test_sixteen_bits_that_mean_something_else(tmp_path):
+    """A TIFF in which white is zero, and an RGB PNG whose transparent colour is finer than its pixels can be here."""
+    values = np.full((4, 6), 60_000, np.uint16)
+    Image.fromarray(values).save(tmp_path / "black.tif")
+    Image.fromarray(values).save(tmp_path / "white.tif", tiffinfo={262: 0})
+    assert np.asarray(open_image(tmp_path / "black.tif"))[0, 0].tolist() == [233] * 3
+    assert np.asarray(open_image(tmp_path / "white.tif"))[0, 0].tolist() == [22] * 3
+    image = Image.new("RGB", (4, 4), (234, 117, 39))
+    image.info["transparency"] = (60_000, 30_000, 10_000)
+    with pytest.raises(ValueError, match="transparent colour has 16 bits"):
+        open_image(image)

@@ -1,6 +1,7 @@
 """What observes or prunes a model leaves nothing to the next prompt, to another thread, to a copy or to training."""
 
 import copy
+import functools
 import io
 import pickle
 import threading
@@ -13,7 +14,7 @@ import torch
 from families import IMAGE, build, inputs
 from PIL import Image
 from processors import lvlm as opened
-from transformers import AttentionInterface
+from transformers import AttentionInterface, GenerationConfig
 from transformers.cache_utils import DynamicCache
 
 import lvlm_utils as lv
@@ -178,6 +179,42 @@ def test_settings_of_the_checkpoint_are_refused_as_well():
             generated(model, inputs(model))
 
 
+@pytest.mark.parametrize("setting", [{"guidance_scale": 2.0}, {"use_cache": False}, {"prompt_lookup_num_tokens": 3}])
+def test_settings_that_a_given_config_leaves_to_the_checkpoint_are_refused(setting):
+    model = build("llava")
+    vars(model.generation_config).update(setting)
+    given = GenerationConfig(max_new_tokens=4, pad_token_id=0)
+    for watching in (lv.observe(model), lv.prune(model, Last())):
+        with watching, pytest.raises(ValueError, match="guidance_scale|without cache|ssisted"):
+            model.generate(**inputs(model, batch=1), generation_config=given)
+
+
+def test_beams_of_the_checkpoint_count_under_a_given_config():
+    model = build("llava")
+    model.generation_config.num_beams = 3
+    batch = inputs(model)
+    with lv.observe(model, masks(batch)) as seen:
+        model.generate(**batch, generation_config=GenerationConfig(max_new_tokens=2, pad_token_id=0))
+    assert seen.groups.shape[1] == 9
+
+
+@pytest.mark.parametrize("what", ["observe", "prune"])
+def test_a_second_prompt_inside_generate_is_refused(what):
+    model = build("llava")
+    batch = inputs(model, padded=False)
+
+    def asks_again(ids, scores, **more):
+        model(input_ids=ids[:, -3:], use_cache=False)
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    watching = lv.observe(model) if what == "observe" else lv.prune(model, Last())
+    with watching, pytest.raises(ValueError, match="second prompt"):
+        generated(model, batch, stopping_criteria=[asks_again])
+    with lv.observe(model) as seen:  # the next one is a first one again
+        generated(model, batch)
+    assert seen.received.shape[-1] == batch["input_ids"].shape[1]
+
+
 def test_a_prompt_read_in_pieces_by_hand_is_refused():
     model = build("llava")
     batch = inputs(model, padded=False)
@@ -216,6 +253,22 @@ def test_flow_under_autocast_is_summed_in_float32():
     assert difference < 0.2  # of the model's own rounding
     rounded = mixed.groups.to(torch.bfloat16).float()
     assert not torch.equal(rounded, mixed.groups)
+
+
+def test_another_default_dtype_changes_nothing():
+    model = build("llava")
+    batch, found = inputs(model), []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            with lv.observe(model, masks(batch), EVERY) as seen, torch.no_grad():
+                model(**batch)
+            with lv.prune(model, lv.methods.ToMe(keep=8)) as trace, torch.no_grad():
+                model(**batch)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append([*(getattr(seen, name) for name in EVERY), trace.kept])
+    assert all(map(torch.equal, *found))
 
 
 def test_a_choice_under_autocast_is_made_in_float32():
@@ -438,6 +491,16 @@ def test_flow_with_gradient_checkpointing_is_the_same_or_refused():
         lvlm.model.eval()
 
 
+def test_reentrant_checkpointing_is_refused_where_a_method_looks_at_the_tower():
+    model = build("llava").train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    batch = inputs(model)
+    with lv.prune(model, EveryOther()), pytest.raises(ValueError, match="use_reentrant"):
+        model(**batch)
+    with lv.prune(model, EveryOther()), torch.no_grad():
+        model(**batch)
+
+
 # Columns that were dropped -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 def test_columns_that_are_not_there_any_more_cannot_be_asked_for(family):
@@ -445,7 +508,8 @@ def test_columns_that_are_not_there_any_more_cannot_be_asked_for(family):
     batch = inputs(model, padded=False)
     ids = batch["input_ids"]
     with lv.prune(model, Last()), torch.no_grad():
-        for options in ({"labels": ids}, {"logits_to_keep": torch.tensor([20])}, {"logits_to_keep": ids.shape[1]}):
+        asked = (torch.tensor([20]), ids.shape[1], -3, np.int64(4), np.array([20]), [20], slice(20, 22))
+        for options in ({"labels": ids}, *({"logits_to_keep": one} for one in asked)):
             with pytest.raises(ValueError, match="were dropped"):
                 model(**batch, **options)
         last = model(**batch).logits[:, -4:]
@@ -510,6 +574,29 @@ def test_a_model_copied_inside_a_block_is_a_model_of_its_own(made, family):
         generated(other, batch)
     assert trace.mean_visual < trace.kept[0].sum() / 3
     assert torch.equal(generated(model, batch), plain)
+
+
+def test_a_copy_of_a_pruned_cache_ends_with_the_block():
+    model = build("llava")
+    batch = inputs(model)
+    with lv.prune(model, EveryOther()), torch.no_grad():
+        cache = model(**batch, use_cache=True).past_key_values
+        made = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
+        model(input_ids=batch["input_ids"][:, -1:], past_key_values=cache)
+    for one in (*made, cache, copy.deepcopy(cache)):
+        with pytest.raises(ValueError, match="has ended"):
+            model(input_ids=batch["input_ids"][:, -1:], past_key_values=one)
+
+
+def test_what_a_user_sets_on_the_model_stays():
+    model = build("llava")
+    mine = functools.partial(type(model).generate, model)
+    with lv.observe(model):
+        model.generate = mine
+    assert model.generate is mine
+    with lv.observe(model):
+        assert copy.deepcopy(model).generate.func.func is mine.func
+    assert model.generate is mine
 
 
 # What is held ------------------------------------------------------------------------------------------------------

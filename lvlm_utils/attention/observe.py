@@ -121,10 +121,11 @@ def observe(
     device: where results go once a forward pass is through.
 
     Works around `model(...)` and `generate(...)`. Seen is the latest prompt, that is the latest forward pass with an
-    empty cache, not the decode steps. Padding counts nowhere. Memory is linear in the tokens, and sums are float32 in
-    bfloat16 and float16 models and under autocast too. Raises ValueError for unknown names, for groups of another
-    prompt and for a prompt that is read in pieces or by assisted decoding; NotImplementedError for masks that cannot be
-    read (flex attention) and scores with additions (soft caps, sinks).
+    empty cache, not the decode steps (a last token that is read alone is taken for one). Padding counts nowhere. Memory
+    is linear in the tokens, and sums are float32 in bfloat16 and float16 models and under autocast too. Raises
+    ValueError for unknown names, for groups of another prompt and for a prompt that is read in pieces or by assisted
+    decoding; NotImplementedError for masks that cannot be read (flex attention) and scores with additions (soft caps,
+    sinks).
     """
     model = bare(lvlm)
     masks = {} if groups is None else _masks(groups)

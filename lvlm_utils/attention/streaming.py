@@ -98,7 +98,7 @@ def stream(
     if entropy is not None:
         out["entropy"] = entropy
     if squares is not None:  # mean of squares less squared mean; a row sums to 1
-        seen = view.seen[:, None].clamp(min=1)
+        seen = view.seen[:, None].clamp(min=1).to(dtype)
         out["variance"] = (squares / seen - 1 / seen.square()).clamp_(min=0)
     if view.real is not None:
         for of_padding in out.values():

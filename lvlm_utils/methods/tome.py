@@ -58,7 +58,7 @@ def reduce(
     """
     source, left = match(metric, r, class_token)
     at = source[..., None]
-    size = torch.ones(*metric.shape[:2], 1, device=metric.device) if size is None else size
+    size = torch.ones(*metric.shape[:2], 1, device=metric.device, dtype=torch.float32) if size is None else size
     sizes = size.new_zeros(len(size), left, 1).scatter_add(1, at, size)
     sums = size.new_zeros(len(size), left, tokens.shape[-1]).scatter_add(1, at.expand_as(tokens), tokens.float() * size)
     return (sums / sizes).to(tokens.dtype), sizes, source
@@ -215,7 +215,7 @@ class _Merging:
     def weigh(self, number: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         x = args[0] if args else kwargs["hidden_states"]
         if not self.sizes:
-            self.sizes[0] = torch.ones(*x.shape[:2], 1, device=x.device)
+            self.sizes[0] = torch.ones(*x.shape[:2], 1, device=x.device, dtype=torch.float32)
             self.maps[x.shape[1]] = self.sources[0] = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
             self.steps = self.method.steps(x.shape[1] - self.skip, self.layers)
         if not self.method.proportional:

@@ -106,7 +106,7 @@ class VisionZip(PictureMethod):
         return {"cls": -2, "keys": -2, "hidden": self.features}
 
     def pick(self, pictures):
-        hidden, keys = pictures.raw("hidden"), pictures.raw("keys").mean(1)
+        hidden, keys = pictures.raw("hidden"), pictures.raw("keys").float().mean(1)
         size = hidden.shape[1]
         numbers = self.dominant, self.contextual
         numbers = split(kept(self.keep, size - 1)) if self.dominant is None else numbers

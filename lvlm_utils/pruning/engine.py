@@ -36,6 +36,7 @@ from lvlm_utils.session import (
     OPEN,
     OTHER_THREAD,
     Session,
+    check_checkpointing,
     instead,
     is_prompt,
     joined,
@@ -483,7 +484,7 @@ class Engine:
         if not self.runs:
             self._unhook()
             self.hooks.close()
-            for cache in self.caches:  # outside, its masks would be those of layer 0 everywhere
+            for cache in self.caches:
                 cache.get_mask_sizes = _refuse_ended
             self.session.engine = None
 
@@ -526,6 +527,8 @@ class Engine:
         x = x if x is not None else kwargs.get("input_ids", args[0] if args else None)
         if is_prompt(kwargs):
             _check_prefill(kwargs)
+            if torch.is_grad_enabled() and any(run.sees for run in self.runs):
+                check_checkpointing(self.model)
             self.prefill = self._begin(x, kwargs)
             self._hook()
             return None
@@ -633,7 +636,7 @@ class Engine:
             self._unhook()
         cache = prefill.cache() if prefill.cache is not None else None
         if cache is not None and prefill.pruned:
-            self.caches.add(cache)
+            self._own(cache)
         self.trace.take(prefill, cache)
         for run in self.runs:
             if run.towers is not None:
@@ -641,6 +644,11 @@ class Engine:
         prefill.statistics, prefill.notes, prefill.views = {}, {}, Views()
         for stage in prefill.stages:
             stage.rotary = None
+
+    def _own(self, cache: DynamicCache) -> None:
+        """A pruned cache: outside, its masks would be those of layer 0 everywhere, and so would those of a copy."""
+        self.caches.add(cache)
+        cache.get_mask_sizes = _Sizes(cache)
 
     def _plain(self) -> bool:
         """Whether every layer can take the mask and the positions that the decoder makes for the first."""
@@ -690,7 +698,7 @@ class Continuation:
         self.cache = DynamicCache([(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v, *_ in cache])
         rest = prefill.stages[0].alive.new_zeros(rows, 0)
         self.beginning, self.prefill = prefill, replace(prefill, cache=ref(self.cache), seen=prefill.tokens, rest=rest)
-        self.engine.caches.add(self.cache)
+        self.engine._own(self.cache)
 
     def __call__(self, ids: Tensor, real: Tensor) -> Tensor:
         """Logits (rows, vocabulary) after the next `ids` (rows, new), of which those that are `real` count."""
@@ -820,7 +828,7 @@ def _check_step(prefill: Prefill | None, cache: Any, new: int) -> None:
 def _check_columns(prefill: Prefill, asked: dict[str, Any]) -> None:
     """ValueError where columns of the prompt were asked for by their number, and some were dropped."""
     count = asked.get("logits_to_keep", 0)
-    gone = isinstance(count, Tensor)
+    gone = not isinstance(count, int) or count < 0
     if not gone and count > 1:  # the last ones
         first, last = prefill.stages[0].alive, prefill.stages[-1]
         there = torch.zeros_like(first).scatter(1, last.place.to(first.device), last.alive.to(first.device))
@@ -830,6 +838,19 @@ def _check_columns(prefill: Prefill, asked: dict[str, Any]) -> None:
             f"{' and '.join(asked)} address columns of the whole prompt, of which some were dropped: take the logits "
             "of the tokens that are left, and find their columns in trace.kept."
         )
+
+
+class _Sizes:
+    """The sizes of a pruned cache's masks; a copy of the cache has none."""
+
+    def __init__(self, cache: DynamicCache):
+        self.cache = ref(cache)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.cache()).get_mask_sizes(self.cache(), *args, **kwargs)
+
+    def __reduce__(self) -> tuple:
+        return partial, (_refuse_ended,)
 
 
 def _refuse_ended(*args: Any, **kwargs: Any) -> None:
