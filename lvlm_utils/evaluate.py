@@ -39,10 +39,11 @@ NUMBERS = ("margin", "seconds", *MEASURED)
 USAGE = 'give a method such as lv.methods.FastV(keep=0.5), or {"name": "fastv", "keep": 0.5}, or a list of such.'
 PLAIN = dict.fromkeys(("yes", "y", "true", "1", "1.0"), "yes") | dict.fromkeys(("no", "n", "false", "0", "0.0"), "no")
 YES_OR_NO = re.compile(
-    r"\byes\s*(or|/)\s*no\b|^\W*(is|are|am|was|were|do|does|did|has|have|had|can|could|will|would|shall|should|may|"
-    r"might|must|isn't|aren't|doesn't|don't)\b", re.IGNORECASE,
+    r"\byes\s*(or|/)\s*no\b|^\W*(is|are|am|was|were|do|does|did|has|have|had|(can|could|will|would)(?!\s+you\b)|shall|"
+    r"should|may|might|must|isn't|aren't|doesn't|don't)\b", re.IGNORECASE,
 )  # fmt: skip
-OPEN = re.compile(r"^\W*(what|which|who|whom|whose|where|when|why|how|describe|name|list|count)\b", re.IGNORECASE)
+DASHES, APOSTROPHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "\u2018\u2019\u02bc"
+SIGNS = {ord(one): "-" for one in DASHES} | {ord(one): "'" for one in APOSTROPHES}
 
 
 def answer(
@@ -184,7 +185,13 @@ def _options(method: Method, readable: bool = False) -> dict[str, Any]:
 
 
 def _listed(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.generic | np.ndarray) else sorted(value)
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, Sequence):
+        return list(value)
+    raise TypeError(f"{type(value).__qualname__} is no list")
 
 
 def _wanted(
@@ -210,13 +217,18 @@ def _wanted(
         words = choices * yes_or_no if stop is None else tuple(stop)
         at = str(row.image) if isinstance(row.image, str | Path) else id(row.image)
         shown[at] = shown[at] if at in shown else _shown(row.image, condition)
-        asked = [condition, str(row.sample), str(row.context), str(row.question), tokens, words]
+        asked = [condition, str(row.sample), _text(row.context), _text(row.question), tokens, words]
         whose = [*asked, shown[at] if condition == "none" or isinstance(at, int) else at, *settings.values()]
         found.append([choices, label, tokens, words, at, [*asked, shown[at]], digest(whose)])
     columns = ("choices", "label", "max_new_tokens", "stop", "picture", "content", "identity")
     more = {name: pd.Series([row[i] for row in found], dtype=object) for i, name in enumerate(columns)}
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     return wanted.assign(**settings, **more, versions=versions)
+
+
+def _text(cell: Any) -> str | list[str]:
+    """A text, or what stands for it where there is none: its row will say so."""
+    return cell if isinstance(cell, str) else [type(cell).__name__, str(cell)]
 
 
 def _shown(picture: Any, condition: str) -> str:
@@ -244,10 +256,12 @@ def _read_label(row: Any, index: Any) -> tuple[tuple[str, ...], Any]:
         if not given or len(by_text) < len(given):
             raise ValueError(f"Row {index!r}: choices={row.choices!r} is no list of different short answers.")
         choices = tuple(by_text.values())
+        if set(by_text) == {"yes", "no"}:
+            by_text, choices = PLAIN, ("yes", "no")
     else:
         by_text, choices = PLAIN, ("yes", "no")
-        sure = choices if OPEN.match(question) and not isinstance(label, bool | np.bool_) else PLAIN
-        if said not in sure and not YES_OR_NO.search(question) and pd.api.types.is_scalar(label):
+        sure = isinstance(label, bool | np.bool_) or said in choices  # Y, N, 1 and 0 may be answers of their own
+        if not sure and not YES_OR_NO.search(question) and pd.api.types.is_scalar(label):
             return (), label
     if label is not None and said not in by_text:
         raise ValueError(f"Row {index!r}: label={label!r} is none of {', '.join(choices)}, with which {question!r} is "
@@ -257,15 +271,18 @@ def _read_label(row: Any, index: Any) -> tuple[tuple[str, ...], Any]:
 
 # What is said --------------------------------------------------------------------------------------------------------
 def fold(value: str | int | float) -> str:
-    """A text, or a number as people write it, for comparison: NFC, without case, with single spaces, and without
-    punctuation at the ends (but for the minus of a number). A text of nothing else stays."""
+    """A text, or a number as people write it, for comparison: in one form of Unicode (NFKC, plain dashes and
+    apostrophes), without case, with single spaces, and without punctuation at the ends (but for the minus and the point
+    of a number). A text of nothing else stays."""
     whole = isinstance(value, float | np.floating) and float(value).is_integer()  # a column with gaps makes 3 a 3.0
     text = str(int(value) if whole else value)
-    text = " ".join(unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold()).split())
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).translate(SIGNS)
+    text = " ".join(text.split())
     inner = [at for at, letter in enumerate(text) if unicodedata.category(letter)[0] not in "PZC"]
     if not inner:
         return text
-    return text[inner[0] - (text[max(inner[0] - 1, 0)] == "-" and text[inner[0]].isdigit()) : inner[-1] + 1]
+    sign = re.search(r"-?\.?$", text[: inner[0]])[0] if text[inner[0]].isdigit() else ""
+    return text[inner[0] - len(sign) : inner[-1] + 1]
 
 
 def parse(raw: str, choices: Sequence[str] = ("yes", "no")) -> str | None:
@@ -273,7 +290,7 @@ def parse(raw: str, choices: Sequence[str] = ("yes", "no")) -> str | None:
     said = fold(raw)
     for choice in sorted(choices, key=len, reverse=True):
         rest = said.removeprefix(fold(choice))
-        goes_on = unicodedata.category(rest[:1] or " ")[0] in "LMN" or re.match(r"[-'\u2019_]\w|[.,]\d", rest)
+        goes_on = unicodedata.category(rest[:1] or " ")[0] in "LMN" or re.match(r"[-'_]\w|[.,:/]\d", rest)
         if said.startswith(fold(choice)) and not goes_on:
             return choice
     return None
@@ -369,7 +386,11 @@ def _alike(lvlm: LVLM, asked: list[Asked], trace: Trace | None) -> Iterator[tupl
     for members in contexts.values():
         least = max((at + 1 for at, token in enumerate(members[0].ids) if token == lvlm.image_token_id), default=0)
         if trace is not None:
-            groups = _assembled(lvlm, members[:1]).groups
+            try:
+                groups = _assembled(lvlm, members[:1]).groups
+            except Exception:  # asked alone, each will say itself what is wrong
+                yield members, []
+                continue
             least = max((groups.visual | groups.context)[0].nonzero()[:, 0].tolist(), default=-1) + 2
         for rows, cuts in clusters([one.ids for one in members], least):
             yield [members[row] for row in rows], cuts

@@ -342,6 +342,8 @@ class Store:
         self.path = None if path is None else Path(path)
         self.rows = pd.DataFrame(columns=COLUMNS)
         if self.path is not None:
+            if self.path.is_dir():
+                raise ValueError(f"{self.path} is a folder: out= is a file.")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.parts = self.path.with_name(f"{self.path.name}.parts")
             self.alone = FileLock(self.path.with_name(f".{self.path.name}.lock"))

@@ -13,6 +13,7 @@ from processors import lvlm as family_lvlm
 from small_methods import LastRow, Scattered, Unasked, Weak
 
 import lvlm_utils as lv
+from lvlm_utils.evaluate import fold, parse
 
 MATCHING = "Is the couch in it?"
 
@@ -363,3 +364,26 @@ def test_rows_say_which_question_and_which_model_they_are_of(images, tmp_path):
     found = pd.concat([ask(lv.load(tmp_path / name / "final"), samples) for name in "ab"])
     assert found["model"].nunique() == 1 and found["path"].nunique() == 2
     assert found["question"].tolist() == samples["question"].tolist() * 2
+
+
+@pytest.mark.parametrize(
+    "question, label, wanted",
+    [
+        ("In this picture, how many are there?", 1, 1), ("Number of dogs?", 0, 0), ("Which way: N, E or S?", "N", "N"),
+        ("The letter on the shirt?", "Y", "Y"), ("Is it there?", 1, "yes"), ("Is it there?", "N", "no"),
+        ("What do you say?", True, "yes"),
+    ],
+)  # fmt: skip
+def test_letters_and_numbers_are_yes_or_no_only_where_that_is_asked(tiny, images, question, label, wanted):
+    samples = pd.DataFrame([{"sample": "0", "image": images[0], "context": "", "question": question, "label": label}])
+    found = ask(tiny, samples.astype({"label": object}))
+    assert found["label"].tolist() == [wanted]
+
+
+def test_replies_are_compared_as_they_are_meant():
+    for one, other in (("It’s red", "it's red"), ("blue‑green", "Blue-green"), ("−5", "-5"), ("１２", "12")):
+        assert fold(one) == fold(other)
+    assert fold(".5") != fold("5") and fold("-.5") != fold(".5") and fold(".5") != fold("-5")
+    assert parse(".5", ("5", "1")) is None and parse("1/2", ("1", "2")) is None and parse("5:30", ("5", "6")) is None
+    assert parse("don’t know", ("don't know", "know")) == "don't know"
+    assert parse("blue–green", ("blue", "blue-green")) == "blue-green"

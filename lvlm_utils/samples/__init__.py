@@ -41,7 +41,8 @@ def load(name_or_root: str | Path, lvlm_or_tokenizer, samples: int = 600, length
     file = None
     if cache is not None:
         files = sorted(file for folder in (root, root / "svit", root / "vg") for file in folder.glob("*.*"))
-        settings = samples, tuple(lengths), questions, seed, context
+        shown = sorted(str(file.relative_to(root)) for file in (root / "vg").rglob("*"))  # pictures that are there
+        settings = samples, tuple(lengths), questions, seed, context, shown
         key = fingerprint(str(root.resolve()), tokenizer, [[one.name, one] for one in files], settings, long_context)
         file = Path(cache) / "samples" / f"{key}.parquet"
         if file.is_file():
