@@ -29,7 +29,7 @@ import pandas as pd
 import torch
 from filelock import FileLock
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerBase
 
 from lvlm_utils import ROOT
 from lvlm_utils.models import LVLM
@@ -150,9 +150,11 @@ class _Reader:
         model, device = lvlm.model, lvlm.device.type
         configs = [json.loads(config.to_json_string(use_diff=False), object_hook=_placeless)
                    for config in (model.config, model.generation_config)]  # fmt: skip
+        registered = [kind().get(lvlm.attention) for kind in (AttentionInterface, AttentionMaskInterface)]
+        registered = [getattr(one, "function", one) for one in registered]  # `observe` shows what runs
         return [
             self(LVLM), self(model), self(lvlm.processor), configs, lvlm.window, str(lvlm.dtype), lvlm.attention,
-            torch.get_float32_matmul_precision(),
+            torch.get_float32_matmul_precision(), self(registered, strict=False),
             torch.is_autocast_enabled(device) and str(torch.get_autocast_dtype(device)),
             *map(version, ("torch", "transformers", "tokenizers", "pillow")),
         ]  # fmt: skip
@@ -164,7 +166,11 @@ class _Reader:
         self.in_model = True
         for name, module in model.named_modules():
             own = {key: one for key, one in _placeless(vars(module)).items() if key[0] != "_" or "adapter" in key}
-            own |= {**module._forward_hooks, **module._forward_pre_hooks}
+            hooks = {**module._forward_hooks, **module._forward_pre_hooks}
+            if odd := [one for one in hooks.values() if _holds_more(one)]:
+                kind = type(odd[0]).__qualname__
+                raise Unreadable(f"A hook of {name or 'the model'} is more than a function ({kind})")
+            own |= hooks
             content += [[name, key if isinstance(key, str) else "", self(one, strict=False)] for key, one in own.items()
                         if one is not None and not isinstance(one, torch.Tensor) and _counts(one)]  # fmt: skip
             classes[type(module)] = None
@@ -234,6 +240,20 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> list:
 
 def _placeless(settings: dict) -> dict:
     return {name: value for name, value in settings.items() if name not in PLACES}
+
+
+def _holds_more(hook: object) -> bool:
+    """Whether a user's hook is an object, a method of one, or is given more than numbers and text."""
+    if isinstance(hook, functools.partial):
+        plain = all(isinstance(one, str | int | float) for one in (*hook.args, *hook.keywords.values()))
+        return _holds_more(hook.func) or (_counts(hook) and not plain)
+    if isinstance(hook, MethodType):
+        return _ours(type(hook.__self__).__module__) and not _of_package(type(hook.__self__).__module__)
+    return not hasattr(hook, "__globals__") and _ours(type(hook).__module__) and not _of_package(type(hook).__module__)
+
+
+def _of_package(module: str) -> bool:
+    return module.partition(".")[0] == "lvlm_utils"
 
 
 def _counts(part: object) -> bool:

@@ -484,3 +484,54 @@ def test_a_measurement_that_cannot_be_read_is_made_every_time(tiny, tmp_path):
             with pytest.warns(UserWarning, match="(no source|Generator).* not reused"):
                 assert lv.measured(tiny, "a", measure, asked, folder=tmp_path)["n"] == 3
     assert space["made"] == [3, 3]
+
+
+# Hooks and attention of the user's -----------------------------------------------------------------------------------
+class Steer:
+    """A hook that is an object: what it holds decides what it does."""
+
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, module, args, output):
+        return output * self.by
+
+    def method(self, module, args, output):
+        return output * self.by
+
+
+def steered(module, args, output, by):
+    return output * by
+
+
+@pytest.mark.parametrize("kind", ["object", "method", "partial"])
+def test_hooks_with_state_are_never_reused(fresh, images, tmp_path, kind):
+    steer = Steer(1.2)
+    hook = {"object": steer, "method": steer.method, "partial": partial(steered, by=torch.tensor(1.2))}[kind]
+    samples = table(images[:1], (20,))
+    handle = fresh.decoder.layers[1].mlp.register_forward_hook(hook)
+    try:
+        never_read_back(fresh, samples, tmp_path / "out.parquet", "A hook of .* is more than a function")
+    finally:
+        handle.remove()
+
+
+def test_an_attention_that_is_registered_anew_is_asked_again(fresh, images, tmp_path):
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def scaled(*args, **kwargs):
+        output, weights = sdpa_attention_forward(*args, **kwargs)
+        return output * 1.3, weights
+
+    AttentionInterface.register("of_mine", lambda *args, **kwargs: sdpa_attention_forward(*args, **kwargs))
+    AttentionMaskInterface.register("of_mine", sdpa_mask)
+    fresh.model.set_attn_implementation("of_mine")
+    out, samples = tmp_path / "out.parquet", table(images[:1], (20,))
+    before = ask(fresh, samples, out=out)
+    assert read_back(before, ask(fresh, samples, out=out))
+    AttentionInterface.register("of_mine", scaled)
+    after = ask(fresh, samples, out=out)
+    assert not read_back(before, after)
+    same(after, ask(fresh, samples))
