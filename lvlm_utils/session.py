@@ -217,8 +217,8 @@ def _generate(model: PreTrainedModel, method: Callable, *args: Any, **kwargs: An
     named = signature(method).bind(*args, **kwargs).arguments
     given = {**named.pop("kwargs", {}), **named}
     config = given.get("generation_config")  # what it leaves open is that of the model, as in the library
-    layers = model.generation_config.to_dict(), {} if config is None else config.to_dict(), given
-    settings = {name: value for layer in layers for name, value in layer.items() if value is not None}
+    own = {} if config is None else {name: value for name, value in config.to_dict().items() if value is not None}
+    settings = {**model.generation_config.to_dict(), **own, **given}
     _refuse(settings)
     session.rows = max(settings.get("num_beams") or 1, settings.get("num_return_sequences") or 1)
     session.generating, session.prompts = True, 0
