@@ -5,7 +5,6 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import BatchFeature
 
 from lvlm_utils.families import visual_ids
@@ -45,16 +44,6 @@ class TokenGroups:
 
     def to(self, device: torch.device | str) -> "TokenGroups":
         return TokenGroups(*(getattr(self, field.name).to(device) for field in fields(self)))
-
-    def padded(self, tokens: int) -> "TokenGroups":
-        """With so many tokens of padding more, on the left."""
-        masks = [getattr(self, field.name) for field in fields(self)]
-        return TokenGroups(*(pad(mask, (tokens, 0), value=False if mask.dtype == torch.bool else -1) for mask in masks))
-
-    @staticmethod
-    def joined(groups: Sequence["TokenGroups"]) -> "TokenGroups":
-        """Prompts of equal length as one batch."""
-        return TokenGroups(*(torch.cat([getattr(one, field.name) for one in groups]) for field in fields(TokenGroups)))
 
 
 @dataclass

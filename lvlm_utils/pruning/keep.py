@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lvlm_utils.families import decoder_of
 from lvlm_utils.models import LVLM, bare
+from lvlm_utils.session import plain_arithmetic
 
 PRIME = 2**31 - 1
 
@@ -136,7 +137,7 @@ def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(x.device.type, enabled=False):
+        with plain_arithmetic(x.device):
             return function(x, *args, **kwargs)
 
     return run
