@@ -28,7 +28,7 @@ from lvlm_utils.methods import METHODS, Method, Trace, fitted, named
 from lvlm_utils.methods import prune as pruning
 from lvlm_utils.models import LVLM, evaluating
 from lvlm_utils.prefix import Ends, Reply, can_share, clusters, separate, shared
-from lvlm_utils.results import COLUMNS, MEASURED, Store, Unreadable, digest, fingerprint, path_of, revision_of
+from lvlm_utils.results import COLUMNS, MEASURED, Store, Unreadable, digest, fingerprint, path_of, revision_of, storable
 from lvlm_utils.session import session_of
 from lvlm_utils.token_groups import inside
 
@@ -215,7 +215,7 @@ def _wanted(
         yes_or_no = choices == ("yes", "no")
         tokens = limit or (4 if yes_or_no else 64)
         words = choices * yes_or_no if stop is None else tuple(stop)
-        at = str(row.image) if isinstance(row.image, str | Path) else id(row.image)
+        at = storable(row.image) if isinstance(row.image, str | Path) else id(row.image)
         shown[at] = shown[at] if at in shown else _shown(row.image, condition)
         asked = [condition, str(row.sample), _text(row.context), _text(row.question), tokens, words]
         whose = [*asked, shown[at] if condition == "none" or isinstance(at, int) else at, *settings.values()]

@@ -74,6 +74,11 @@ def fingerprint(*values: object, aside: Iterable[object] = ()) -> str:
     return digest(content)
 
 
+def storable(value: object) -> str:
+    """The text of a value as Unicode, which not every file name and not every text of the web is."""
+    return str(value).encode(errors="backslashreplace").decode()
+
+
 def digest(content: object) -> str:
     data = content if isinstance(content, bytes) else json.dumps(content).encode()
     return hashlib.sha256(data).hexdigest()[:16]
@@ -415,7 +420,7 @@ def _rows_of(file: Path) -> pd.DataFrame:
 def _write(rows: pd.DataFrame, path: Path) -> None:
     """Cells of mixed types as text, which is all that a column of parquet can hold."""
     def text(cell: object) -> str | None:
-        return None if pd.api.types.is_scalar(cell) and pd.isna(cell) else str(cell)
+        return None if pd.api.types.is_scalar(cell) and pd.isna(cell) else storable(cell)
 
     mixed = {name: [text(cell) for cell in rows[name]] for name in rows if rows[name].dtype == object}
     with atomic(path) as part:
