@@ -59,7 +59,8 @@ class Unreadable(ValueError):
 def fingerprint(*values: object, aside: Iterable[object] = ()) -> str:
     """16 characters that change with the content of `values` and with all code that runs when they are used.
 
-    values: numbers, text, lists, dicts, arrays, tensors, pictures; files (Path) and folders by their bytes; tables, in
+    values: numbers, text, lists, dicts, arrays, tensors, pictures; files (Path) and folders by their bytes, but by name
+        where code names the repository (lv.ROOT), what holds it, or its folders of results and figures; tables, in
         whose column `image` text stands for a file; models by all their weights, settings and hooks, their processors,
         and the versions of the libraries; functions and classes by their bytecode and, in turn, everything that they
         name, unless it belongs to an installed library, which counts by its name. Other objects that code names count
@@ -111,10 +112,12 @@ class _Reader:
                 return sorted(json.dumps(go(one)) for one in value)
             case dict():
                 return [[go(key), go(one)] for key, one in value.items()]
+            case Path() if not strict and _is_written_to(value):
+                return os.path.relpath(value, ROOT)
             case Path():
-                inside = sorted(value.rglob("*")) if value.is_dir() else ()
+                inside = sorted(one for one in value.rglob("*") if one.is_file()) if value.is_dir() else ()
                 whole = digest(value.read_bytes()) if value.is_file() else str(value)
-                return [[str(file.relative_to(value)), go(file)] for file in inside] or whole
+                return [[str(file.relative_to(value)), digest(file.read_bytes())] for file in inside] or whole
             case np.ndarray():
                 whole = value.tolist() if value.dtype.hasobject else digest(np.ascontiguousarray(value).tobytes())
                 return [value.dtype.str, value.shape, go(whole)]
@@ -255,6 +258,12 @@ def _holds_more(hook: object) -> bool:
     if isinstance(hook, MethodType):
         return _ours(type(hook.__self__).__module__) and not _of_package(type(hook.__self__).__module__)
     return not hasattr(hook, "__globals__") and _ours(type(hook).__module__) and not _of_package(type(hook).__module__)
+
+
+def _is_written_to(path: Path) -> bool:
+    """Whether it is the repository or holds it, or is where results go: measuring itself changes what is in there."""
+    path, outputs = path.absolute(), {ROOT / "results", ROOT / "figures"}
+    return not path.is_file() and bool({path} & {ROOT, *ROOT.parents} or outputs & {path, *path.parents})
 
 
 def _of_package(module: str) -> bool:
