@@ -6,8 +6,8 @@ What is measured, and on which questions, stays with the notebooks.
 
 import functools
 import tomllib
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -57,43 +57,36 @@ class Claim:
     reference: float = 0.0
     reason: str = ""
 
+    def __post_init__(self):
+        if set(self.tested_on) != TESTED_ON or not all([*self.tested_on.values(), self.statement, self.quantity]):
+            raise ValueError(f"tested_on must hold {', '.join(sorted(TESTED_ON))}, and no field may be empty")
+        for name, allowed in (("direction", DIRECTIONS), ("testable", SIZES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(allowed)}")
+        if self.least <= 0:
+            raise ValueError("least must be above 0: without a smallest effect that matters nothing can be absent")
+        if (self.direction == "above") != bool(self.reference) and self.direction != "equal":
+            raise ValueError("'above' needs a reference; besides it only 'equal' may have one")
+        if bool(self.reason) == (self.testable == "tiny"):
+            raise ValueError("a reason is needed where the smallest model cannot be asked, and only there")
+
 
 @functools.cache
 def read(path: Path = TOML) -> dict[str, Claim]:
     """The claims by id, in the order of the file. Raises ValueError that names the claim and what is wrong with it."""
     content, found = tomllib.loads(path.read_text(encoding="utf-8")), {}
     for place, entry in enumerate(content["claim"], 1):
-        wrong = _fault(entry, content) or ("this id is taken" if entry["id"] in found else "")
-        if wrong:
-            raise ValueError(f"{path.name}: claim {entry.get('id', place)!r}: {wrong}")
-        found[entry["id"]] = Claim(**entry)
+        try:
+            claim = Claim(**entry)
+            for name, allowed in (("paper", content["papers"]), ("notebook", content["notebooks"])):
+                if getattr(claim, name) not in allowed:
+                    raise ValueError(f"{name} is {getattr(claim, name)!r}, but must be one of {', '.join(allowed)}")
+            if claim.id in found:
+                raise ValueError("this id is taken")
+        except (TypeError, ValueError) as error:  # TypeError: a field is missing, unknown or of another type
+            raise ValueError(f"{path.name}: claim {entry.get('id', place)!r}: {error}") from error
+        found[claim.id] = claim
     return found
-
-
-def _fault(entry: dict, content: dict) -> str:
-    """What is wrong with one claim of the file; empty if nothing is."""
-    known = {field.name: field for field in fields(Claim)}
-    for name in [name for name, field in known.items() if field.default is MISSING and name not in entry]:
-        return f"the field {name!r} is missing"
-    for name, value in entry.items():
-        if name not in known:
-            return f"{name!r} is no field; the fields are {', '.join(known)}"
-        kind = {"tested_on": dict, "least": float, "reference": float}.get(name, str)
-        if not isinstance(value, kind) or value == "":
-            return f"the field {name!r} must be a {kind.__name__} that says something, found {value!r}"
-    if set(entry["tested_on"]) != TESTED_ON or not all(entry["tested_on"].values()):
-        return f"tested_on must hold {', '.join(sorted(TESTED_ON))}, each with '-' where it does not apply"
-    allowed = {"paper": content["papers"], "notebook": content["notebooks"], "direction": DIRECTIONS, "testable": SIZES}
-    for name, values in allowed.items():
-        if entry[name] not in values:
-            return f"{name} is {entry[name]!r}, but must be one of {', '.join(values)}"
-    if entry["least"] <= 0:
-        return "least must be above 0: without a smallest effect that matters nothing can be said to be absent"
-    if ("reference" in entry) != (entry["direction"] == "above") and entry["direction"] != "equal":
-        return "'above' needs a reference; besides it only 'equal' may have one"
-    if ("reason" in entry) == (entry["testable"] == "tiny"):
-        return "a reason is needed where the smallest model cannot be asked, and only there"
-    return ""
 
 
 # Estimates -----------------------------------------------------------------------------------------------------------
@@ -244,9 +237,8 @@ def record(id: str, estimate: Estimate | stats.Estimate | str, model: str, root:
     claim = _claim(id)
     if not _testable(claim, model):
         raise ValueError(f"{id} is not testable on {model} ({claim.reason}): leave it out, its row is written anyway")
-    found = _found(claim.notebook, model, root).drop(index=id, errors="ignore")
     if isinstance(estimate, str):
-        row = {"verdict": f"not testable here: {estimate}"}
+        row = {"verdict": f"not testable here: {estimate.removesuffix('.')}"}
     else:
         if isinstance(estimate, stats.Estimate):
             estimate = _of(estimate)
@@ -255,8 +247,7 @@ def record(id: str, estimate: Estimate | stats.Estimate | str, model: str, root:
         # Rounded as in the file, so that reading it back changes nothing.
         row = {name: value if name in COUNTS else float(f"{value:.4g}") for name, value in
                zip(MEASURED, vars(estimate).values())}  # fmt: skip
-    found = pd.concat([found, pd.DataFrame([row], index=[id])]) if len(found) else pd.DataFrame([row], index=[id])
-    rows = _complete(found, claim.notebook, model)
+    rows = _rows(claim.notebook, model, root, {id: row})
     with atomic(_path(claim.notebook, model, root)) as part:
         rows.to_csv(part, float_format="%.4g", lineterminator="\n", encoding="utf-8")
     return rows.loc[id, "text"]
@@ -314,38 +305,32 @@ def _path(notebook: str, model: str, root: str | Path | None) -> Path:
     return Path(ROOT if root is None else root) / "figures" / Path(model).name / f"{notebook[:2]}_claims.csv"
 
 
-def _found(notebook: str, model: str, root: str | Path | None) -> pd.DataFrame:
-    """What was recorded in a notebook's file, and nothing that follows from it; empty where there is no file yet."""
-    path = _path(notebook, model, root)
-    if not path.exists():
-        return pd.DataFrame(columns=[*MEASURED, "verdict"])
-    found = pd.read_csv(path, index_col="id")[[*MEASURED, "verdict"]]
-    if gone := [id for id in found.index if id not in read() or read()[id].notebook[:2] != notebook[:2]]:
+def _rows(notebook: str, model: str, root: str | Path | None, new: Mapping[str, dict] | None = None) -> pd.DataFrame:
+    """One row (COLUMNS) for each claim of a notebook that was recorded or cannot be tested, in the order of the toml.
+
+    Only what was measured (MEASURED, and a reason of the notebook's own) is taken from the file, and `new` on top of
+    it; all else follows anew from that and the toml.
+    """
+    path, found = _path(notebook, model, root), {}
+    if path.exists():
+        found = pd.read_csv(path, index_col="id")[[*MEASURED, "verdict"]].to_dict("index")
+    elif new is None:
+        raise FileNotFoundError(f"{path} is missing: run notebook {notebook} with {model} first")
+    here = {claim.id: claim for claim in read().values() if claim.notebook[:2] == notebook[:2]}
+    if gone := sorted(set(found) - set(here)):
         raise ValueError(f"{path} holds {gone[0]!r}, which data/claims.toml does not have there: delete the file and "
                          f"run notebook {notebook[:2]} again")  # fmt: skip
-    return found.loc[[_testable(read()[id], model) for id in found.index]]
-
-
-def _rows(notebook: str, model: str, root: str | Path | None) -> pd.DataFrame:
-    path = _path(notebook, model, root)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: run notebook {notebook} with {model} first")
-    return _complete(_found(notebook, model, root), notebook, model)
-
-
-def _complete(found: pd.DataFrame, notebook: str, model: str) -> pd.DataFrame:
-    """One row (COLUMNS) for each claim of a notebook that was recorded or cannot be: all that follows from `found`."""
-    claims = [claim for claim in read().values() if claim.notebook[:2] == notebook[:2]]
-    rows = pd.DataFrame([vars(claim) for claim in claims if claim.id in found.index or not _testable(claim, model)])
-    found = found.reindex(columns=[*MEASURED, "verdict"]).astype(dict.fromkeys(MEASURED, float))
-    rows = rows.set_index("id").join(found)
+    found = {id: row for id, row in (found | (new or {})).items() if _testable(here[id], model)}
+    shown = [claim for claim in here.values() if claim.id in found or not _testable(claim, model)]
+    rows = pd.DataFrame([vars(claim) | found.get(claim.id, {}) for claim in shown]).set_index("id")
+    rows = rows.reindex(columns=[*rows.columns.union([*MEASURED, "verdict"])]).astype(dict.fromkeys(MEASURED, float))
     tests = rows[rows["error"].notna()]
     words, miss = verdicts(tests)
     for low, high, share in (("low", "high", MISS), ("adjusted_low", "adjusted_high", miss)):
         rows[[low, high]] = pd.DataFrame(dict(zip((low, high), intervals(tests, share))), index=tests.index)
     words = dict(zip(tests.index, words))
     for id, row in rows.iterrows():
-        if not _testable(read()[id], model):
+        if not _testable(here[id], model):
             words[id] = f"not testable here: {row.reason}"
         elif np.isnan(row.estimate):  # the notebook said why not
             words[id] = row.verdict
@@ -373,4 +358,4 @@ def _number(value: float, low: float, high: float) -> str:
     half = (high - low) / 2
     if not 0 < half < np.inf:
         return f"{value:.3g}"
-    return f"{value:.{min(max(int(-np.floor(np.log10(half / 2))), 0), 6)}f}"
+    return f"{value:z.{min(max(int(-np.floor(np.log10(half / 2))), 0), 6)}f}"
