@@ -26,7 +26,7 @@ from lvlm_utils.attention.visibility import Views
 from lvlm_utils.models import LVLM, evaluating
 from lvlm_utils.prompts import Prompt
 from lvlm_utils.pruning.engine import Stage, stage_of
-from lvlm_utils.session import check_checkpointing, plain_arithmetic, session_of, told
+from lvlm_utils.session import check_checkpointing, plain_arithmetic, session_of, with_groups
 
 GROUPS = ("visual", "preserved", "pruned", "target")  # v, r, c and t of Eq. 18 to 23
 # source and target of each score, as numbers of GROUPS
@@ -113,7 +113,8 @@ def information_flow(
     check_checkpointing(model)
     recorder = _Recorder(model, layers, absolute)
     with (
-        torch.inference_mode(False), torch.enable_grad(), _frozen(model), evaluating(model), told(model, prompt.groups)
+        torch.inference_mode(False), torch.enable_grad(), _frozen(model), evaluating(model),
+        with_groups(model, prompt.groups),
     ):  # fmt: skip
         with intercept(recorder.see, *layers):
             logits = model(**inputs, use_cache=False, logits_to_keep=columns - first).logits
