@@ -54,26 +54,33 @@ def answer(
 ) -> pd.DataFrame:  # fmt: skip
     """Ask every row of `samples` greedily; one row of results per sample, in the same order.
 
-    samples: the columns image (path or picture), context and question, and any of META and `choices`, a list of short
-        answers. `label` is one of the choices; yes or no (also True, 1, "TRUE") for a question that can be answered so;
-        else any text. It may be missing.
+    samples: the columns image (path or picture), context and question; where there are any, also sample, image_id,
+        group, length, label, target, kind, size, and `choices`, a list of short answers. `label` is one of the choices;
+        yes or no (also True, 1, "TRUE") for a question that can be answered so; else any text. It may be missing.
     image: the picture shown, "original", a "white" or "black" one of the same size, or "none".
     prune: a method of lv.methods, {"name": of one, **options}, or a list of such, which act in this order.
-    out: a parquet file. Rows there are read back while nothing changed that they depend on (`results.fingerprint`);
-        failures are asked again. Several runs may use one file.
+    out: a parquet file. Answers in it are used again unless weights, code, settings, picture or question have changed
+        (`results.fingerprint`); failures are asked again. Several runs may use one file.
     batch_size: prompts at once.
     max_new_tokens: by default 4 for questions to be answered with yes or no, 64 for others.
-    stop: words that end a reply where they are its first; by default yes and no for such questions, none for others.
+    stop: generation ends when the reply begins with one of these words; by default yes and no for questions to be
+        answered so, none for others.
     share: read what prompts about one picture have in common only once; the answers are those of separate prompts.
     progress: show a bar.
 
-    `answer` is the choice (or yes, or no) with which the reply `raw` begins, or all of it for a free question, where
-    `correct` compares with the label as text: without case and punctuation at the ends. `correct` is missing where the
-    label is. `margin` is the logit of yes minus that of no (best of their spellings) at the first new token.
-    `n_prefill_tokens` is the length of the prompt, `n_computed_tokens` how many of these tokens were read for this row;
-    `seconds` are its share of its batch. MEASURED says what pruning left: tokens that go into a layer, as mean over the
-    layers, and into the last. `keep` is that of each method that has one, as given. A failure is a row with `error`;
-    one warning counts them. Rows are split over the processes of `accelerate launch`.
+    Columns of the result, besides those of the samples:
+
+    raw, answer: the reply; and the choice (or yes, or no) with which it begins, or all of it for a free question.
+    correct: whether answer and label agree; as texts without case and punctuation at the ends; missing without a label.
+    margin: the logit of yes minus that of no (the best of their spellings) at the first new token.
+    n_prefill_tokens, n_computed_tokens: the length of the prompt; how many of its tokens were read for this row.
+    mean_tokens, mean_visual, mean_text: with pruning, the tokens that go into a layer, mean over the layers.
+    final_visual, final_text, final_context: with pruning, the tokens that go into the last layer.
+    keep: the `keep` of every method that has one, as given, joined by +.
+    seconds: the time of the batch, divided by its rows.
+    error: why the row failed; one warning counts such rows.
+
+    Rows are split over the processes of `accelerate launch`.
 
     Raises ValueError for a wrong `image` or `prune`, a missing column, and a label or choices that do not fit.
     """
@@ -138,8 +145,8 @@ def answer(
 
 
 def summary(results: pd.DataFrame) -> dict[str, int]:
-    """Counts: rows, unparsed (answered, but by none of the choices), errors (not answered), and unlabelled (without a
-    label, so that `correct` is missing)."""
+    """Counts: rows, unparsed (the reply begins with none of the choices), errors (not answered), and unlabelled
+    (without a label, so that `correct` is missing)."""
     errors = results["error"].notna()
     counted = {"unparsed": ~results["parsed"].astype(bool) & ~errors, "errors": errors}
     counted["unlabelled"] = results["correct"].isna()

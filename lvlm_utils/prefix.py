@@ -1,8 +1,9 @@
 """Greedy replies to prompts, alone or after a beginning that they share: it is read once, forked, and continued.
 
-A fork repeats the keys and values of the beginning for a batch of prompts. Each prompt goes on after its own cut, under
-an ordinary mask of two dimensions in which the columns between its cut and the end of the fork are off, at the
-positions that it has alone. There is one loop of decoding: the largest logit, whatever the checkpoint's defaults are.
+A fork repeats the keys and values of the beginning for a batch of prompts. Each prompt goes on after its own cut: an
+ordinary two-dimensional mask hides the columns between its cut and the end of the fork, and positions are those that
+the prompt has when it is read alone. A beginning that was pruned is continued by the engine (`Continuation`). There is
+one loop of decoding: the largest logit, whatever the checkpoint's defaults are.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -122,7 +123,7 @@ def shared(
             new = len(endings[row])
             more = dict.fromkeys(("mean_tokens", "mean_text", "final_text"), new)
             replies[row] = Reply(*one, new, kept and {name: kept[name] + more.get(name, 0) for name in MEASURED})
-    replies[0].computed += max(cuts)
+    replies[0].computed += max(cuts)  # the beginning was read once, and is counted for the first row
     return [replies[row] for row in range(len(ids))]
 
 

@@ -201,8 +201,7 @@ def prompt(
 
     image: what `open_image` takes; a tuple of pictures shows several in one prompt, None shows none.
     context, question: the text after the pictures; the question is what the answer is about.
-    video: a tuple of frames, of which none is left out; they count as taken at the rate of the family's processor, or
-        one a second.
+    video: a tuple of frames. All of them are shown, as if taken at the rate of the family's processor, or one a second.
 
     A single value is used for every row. Raises FileNotFoundError or ValueError for a picture that is missing or
     unreadable, ValueError for inputs that the family cannot take and for a prompt longer than `lvlm.window`.
@@ -298,9 +297,8 @@ def greedy_options(lvlm: LVLM | PreTrainedModel, max_new_tokens: int, **given: A
 def generate(lvlm: LVLM, prompt: Prompt, max_new_tokens: int = 20, **given: Any) -> str | list[str] | list[list[str]]:
     """The model's continuation as text, stripped: greedy, unless `given` keywords of `generate` say otherwise.
 
-    One text for one prompt, a list for a batch; where several sequences of a prompt are asked for
-    (num_return_sequences), a list of them in place of each text. The model is in eval mode meanwhile. ValueError for
-    keywords whose results would be lost, such as output_scores.
+    One text for one prompt, a list for a batch. With num_return_sequences above 1 each text becomes a list. The model
+    is in eval mode meanwhile. ValueError for keywords whose results would be lost, such as output_scores.
     """
     options = greedy_options(lvlm, max_new_tokens, **given)
     if lost := [name for name in options if name.startswith(("output_", "return_dict")) and options[name]]:
@@ -318,9 +316,9 @@ def generate(lvlm: LVLM, prompt: Prompt, max_new_tokens: int = 20, **given: Any)
 def forward(lvlm: LVLM, prompt: Prompt, gradients: bool = False, **given: Any) -> torch.Tensor:
     """The logits (batch, tokens, vocabulary) of one forward pass, in eval mode.
 
-    Methods and statistics around it know the prompt's groups. gradients: whether to keep what a backward pass needs;
-    otherwise it runs in inference mode. `given`: further keywords of the model, such as logits_to_keep. ValueError for
-    keywords whose results would be lost, such as labels.
+    Inside lv.prune or lv.observe the prompt's groups are passed on, which a bare `model(...)` does not do. gradients:
+    whether to keep what a backward pass needs; otherwise it runs in inference mode. `given`: further keywords of the
+    model, such as logits_to_keep. ValueError for keywords whose results would be lost, such as labels.
     """
     if lost := [name for name in given if name.startswith(("labels", "output_")) and given[name] is not None]:
         raise ValueError(f"lv.forward returns logits alone, {lost[0]} would be lost: use lvlm.model.")

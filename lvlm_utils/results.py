@@ -327,13 +327,14 @@ def measured(
     lvlm: LVLM, name: str, measure: Callable[..., Measured | Iterable[pd.DataFrame]], *asked: object,
     folder: str | Path | None = None,
 ) -> Measured:  # fmt: skip
-    """What `measure(*asked)` gives, read back while nothing changed that it depends on (see `fingerprint`).
+    """What `measure(*asked)` gives, kept in a file: measured anew when model, code or arguments have changed.
 
-    lvlm: the model that is measured; others that `measure` names count too.
-    name: of the file, `<name>-<whose>-<state>.parquet` or `.npz`: whose it is depends on the model's path and revision
-        and on `asked`. Older states of the same are removed.
-    measure: gives a table, several of them (which are put below each other), or a dict of arrays. Objects that it names
-        and `fingerprint` does not know, such as random generators, count by their type: make them inside.
+    lvlm: the model that is measured; other models that `measure` uses are noticed too (see `fingerprint`).
+    name: of the file, `<name>-<whose>-<state>.parquet` or `.npz`. `whose` is a hash of the model's path and revision
+        and of `asked`, `state` a hash of all that the result depends on; files of the same `whose` and an older `state`
+        are deleted.
+    measure: gives a table, several of them (which are put below each other), or a dict of arrays. Objects that
+        `fingerprint` cannot read, such as random generators, are noticed by their type alone: create them inside.
     folder: by default results/<model>/.
 
     What cannot be read is measured every time, with a warning.

@@ -3,10 +3,10 @@
 Zhou et al. (2024, arXiv:2410.19732), Eq. 17 to 23, after Wang et al. (2023, arXiv:2305.14160). Conventions:
 
 - I(i, j) = sum over heads of |A_ij dL/dA_ij|: row i is the query, column j the key, and information flows from the key
-  to the query. Eq. 17 transposes A, so that its pairs are (source, target). Taken word for word it would multiply A_ji
-  by the gradient of A_ij, of which a causal model has only the one or the other.
+  to the query. Eq. 17 transposes A, so that its pairs are (source, target). Taken literally it would pair
+  A_ji with the gradient of A_ij, and in a causal model one of the two is always 0.
 - Eq. 17 takes the absolute value inside the sum over heads, the code of Wang et al. outside.
-- dL/dA is the derivative by the attention of one layer as it comes out of the softmax, through all that follows.
+- dL/dA is the gradient of the loss by the softmax output of one layer, propagated back through all later layers.
 - What a token sends to itself, I(i, i), is no flow between tokens: it is part of `groups`, but of no score.
 """
 
@@ -57,9 +57,11 @@ class Flow:
     def scores(self) -> pd.DataFrame:
         """Eq. 18 to 23 with the paper's denominators; rows (sample, layer), columns Svr Svc Srt Sct Svt Sww.
 
-        The visual part counts as one: Svr and Srt are divided by the number of preserved tokens, Svc and Sct by that of
-        pruned ones, Svt by 1 (and the last three by the number of target tokens, if there are several). Sww is divided
-        by the number of pairs in the layer that are in no other score. NaN where a number is 0.
+        The visual part counts as one token, so that the sums are divided by these numbers of tokens (NaN where 0):
+
+        Svr: preserved      Srt: preserved x target
+        Svc: pruned         Sct: pruned x target
+        Svt: target         Sww: pairs in the layer that are in no other score
         """
         _, preserved, pruned, target = self.tokens.double().unbind(1)
         of_target = {"Srt": preserved * target, "Sct": pruned * target, "Svt": target}
@@ -94,12 +96,13 @@ def information_flow(
 
     pruned: bool (batch, tokens), the text that is pruned (c); visual tokens and the target are never counted in it. By
     default what `lv.prune` drops, and where nothing prunes the model all of the context. The other text is preserved
-    (r). `flow.pruned` of a pruned run gives a baseline the same groups. absolute: "inside" the sum over heads (Eq. 17),
-    or "outside".
+    (r). To compare with an unpruned run on the same groups, pass `pruned=flow.pruned` of the pruned run.
+
+    absolute: where the absolute value is taken, "inside" the sum over heads (Eq. 17) or "outside" it.
 
     Prompts of a batch do not touch each other. No gradient reaches a parameter, and the N x N attention never exists:
-    memory is that of a forward and backward pass. In float16 or bfloat16 gradients are as coarse as the model's own.
-    ValueError for a target that the prompt does not allow.
+    memory is that of a forward and backward pass. In a float16 or bfloat16 model the gradients are in half precision
+    too. ValueError for a target that the prompt does not allow.
     """
     if absolute not in ABSOLUTE:
         raise ValueError(f"absolute={absolute!r} is not one of {', '.join(ABSOLUTE)}.")

@@ -33,7 +33,8 @@ class Seen:
     received_from (..., G, tokens): column sums over the queries of each group in `group_names`.
     groups (..., G, G): sums of A over the queries of one group and the keys of another, [query group, key group].
     last (..., tokens): the row of the last token, whose prediction is the answer.
-    equi (..., tokens): that row, if all visual keys stood at one position and everything else next to it.
+    equi (..., tokens): the last token's row as if the picture were one token: all visual keys share one position, and
+        the text goes on right after it.
     entropy (..., tokens): of row i, -sum_j A_ij ln A_ij, in nats; 0 for padding.
     variance (..., tokens): of A_ij over the keys j that query i sees; 0 for padding.
     cls (..., tokens): only in towers with a [CLS] token: its row, over [CLS] itself (the first) and the patches.
@@ -116,16 +117,17 @@ def observe(
 
     lvlm: what lv.load returns, or a bare transformers model.
     groups: `prompt.groups` (then system, visual, context and question are meant), or name -> bool (batch, tokens).
-    statistics: which of STATISTICS; only these are computed. None: the first five, "groups" only if there are some.
+    statistics: any of "received", "last", "groups", "entropy", "variance" (by default these five, "groups" only if
+        groups are given), "received_from", "equi", "hidden". Only what is asked for is computed.
     vision: also observe the towers: "received", "entropy" and "variance" as far as asked for, and always the [CLS] row.
     device: where results go once a forward pass is through.
 
-    Works around `model(...)` and `generate(...)`. Seen is the latest prompt, that is the latest forward pass with an
-    empty cache, not the decode steps (a last token that is read alone is taken for one). Padding counts nowhere. Memory
-    is linear in the tokens, and sums are float32 in bfloat16 and float16 models and under autocast too. Raises
-    ValueError for unknown names, for groups of another prompt and for a prompt that is read in pieces or by assisted
-    decoding; NotImplementedError for masks that cannot be read (flex attention) and scores with additions (soft caps,
-    sinks).
+    Works around `model(...)` and `generate(...)`. Seen is the latest prompt: the latest forward pass with an empty
+    cache. Decode steps are ignored, and so is a last token that is read alone after the rest of its prompt, because it
+    looks like one. Padding is ignored everywhere. Memory is linear in the tokens, and sums are float32 in bfloat16 and
+    float16 models and under autocast too. Raises ValueError for unknown names, for groups of another prompt and for a
+    prompt that is read in pieces or by assisted decoding; NotImplementedError for masks that cannot be read (flex
+    attention) and scores with additions (soft caps, sinks).
     """
     model = bare(lvlm)
     masks = {} if groups is None else _masks(groups)

@@ -76,7 +76,8 @@ def prune(lvlm: LVLM | PreTrainedModel, method: str | Method, **options: Any) ->
     method: a Method, of METHODS or of your own; or the name of one in METHODS, with its fields as `options`.
 
     Blocks nest: the methods act in the order of nesting, and share the trace. Logits of a forward pass are those of the
-    tokens that are left; the last one is always that of the last prompt token. A cache filled inside the block ends
-    with it. ValueError for an unknown name or option, and for everything that cannot be pruned correctly.
+    tokens that are left; the last one is always that of the last prompt token. A cache that was filled inside the block
+    cannot be used after it. ValueError for an unknown name or option, and for everything that cannot be pruned
+    correctly.
     """
     return pruning(bare(lvlm), fitted(lvlm, method, **options))

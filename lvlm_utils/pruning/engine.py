@@ -265,23 +265,24 @@ class Tokens:
 class Method:
     """One way to prune prompts: a dataclass whose fields are its options.
 
-    Write `choose`, and what it needs of the others:
+    Implement `choose`; override the others only where your method needs them:
 
-    choose(tokens): the tokens that go on, bool (batch, slots); or (that, new hidden states) where it merges.
-    layer: `choose` is called with the tokens that are about to go into this layer. `before` says so for several; none
-        where the options mean that nothing goes.
-    positions: of the tokens that stay: "original", or "contiguous", numbered anew from 0.
-    needs: layer -> which statistics of its attention `tokens.attention` shall give: names ("last", "received",
+    choose(tokens): the tokens that are kept, bool (batch, slots); or (that, new hidden states) where it merges.
+    layer: the layer before which `choose` is called.
+    before: the layers, for a method that chooses several times; () where its options mean that nothing is dropped.
+    positions: of the tokens that are kept: "original", or "contiguous", numbered anew from 0.
+    needs: {layer: statistics of its attention that `choose` reads by `tokens.attention`}: names ("last", "received",
         "received_mean", "question", "context", "equi"), or functions from `Tokens` to queries, bool (batch, slots):
         the attention received from these.
-    sees: name -> tower layer (counted like a list) of what `tokens.pictures` shall give of the vision tower.
+    sees: {name: tower layer} of what `choose` reads of the vision tower by `tokens.pictures`; a negative layer counts
+        from the end.
     within: hooks of the method's own, a context manager that is open for as long as the method prunes.
     fit: a copy with what depends on the model filled in (`filled`); ValueError where the method does not fit it.
 
     kind: "text", "visual, before the LLM" or "visual, inside the LLM".
     needs_cls: whether it works only with vision towers that have a [CLS] token.
-    uses_question: False where the choice is the same for all questions about one picture and context and drops nothing
-        of the question or the template; such questions can then share what is left.
+    uses_question: False if the choice does not depend on the question and drops nothing of the question or the
+        template: questions about one picture and context can then share a beginning that is read and pruned once.
     official, deviations: the official code that is matched, and where and why it is not.
 
     Options called `keep` and `drop`, and those whose type is Literal, are checked by lv.prune.
