@@ -364,7 +364,8 @@ def test_an_interrupt_stops_the_kernels(tmp_path):
     wait = "import os, pathlib, time\npathlib.Path('../pid').write_text(str(os.getpid()))\ntime.sleep(600)"
     path = notebook_in(tmp_path, "99_small", "", wait)
     before = path.read_bytes()
-    code = f"import pathlib, lvlm_utils.notebooks as n; n.run(root=pathlib.Path({str(tmp_path)!r}))"
+    hear = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # in the background it is ignored
+    code = f"{hear}; import pathlib, lvlm_utils.notebooks as n; n.run(root=pathlib.Path({str(tmp_path)!r}))"
 
     def kernel():
         return (tmp_path / "pid").read_text() if (tmp_path / "pid").exists() else ""
