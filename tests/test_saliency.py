@@ -219,7 +219,7 @@ def test_a_sure_answer_keeps_its_digits():
     found = information_flow(lvlm, prompt, best).groups
     lvlm.model.double()
     wanted = information_flow(lvlm, ask(lvlm, [0]), best).groups
-    assert ((found - wanted).abs().amax((2, 3)) < 1e-4 * wanted.amax((2, 3))).all()
+    assert ((found - wanted).abs().amax((2, 3)) < 1e-3 * wanted.amax((2, 3))).all()
 
 
 def test_targets_that_cannot_be_are_refused(tiny, image):
