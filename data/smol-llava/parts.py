@@ -36,13 +36,11 @@ def build(weights: Path | None = None) -> tuple[LlavaForConditionalGeneration, L
         vision_feature_layer=-2, vision_feature_select_strategy="default", projector_hidden_act="gelu",
         image_token_id=image, image_seq_length=(wheels.SIDE // wheels.PATCH) ** 2, **ids,
     )  # fmt: skip
-    given = {
-        "language_model": language.model.state_dict(),
-        "vision_tower": tower.state_dict(),
-        "multi_modal_projector": load_file(weights / store.PROJECTOR) if weights else untrained(config),
-    }
-    whole = {f"model.{part}.{name}": value for part, values in given.items() for name, value in values.items()}
-    model = wheels.plain(LlavaForConditionalGeneration, config, whole)
+    model = LlavaForConditionalGeneration(config)  # not from_pretrained: it would be saved under other names
+    model.model.language_model.load_state_dict(language.model.state_dict())  # lm_head is tied to its embeddings
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    projector = load_file(weights / store.PROJECTOR) if weights else untrained(config)
+    model.model.multi_modal_projector.load_state_dict(projector)
     model.generation_config = GenerationConfig(max_new_tokens=20, do_sample=False, **ids)
     if weights:
         adapted = PeftModel.from_pretrained(model.model.language_model, weights)  # in float32, as the model is

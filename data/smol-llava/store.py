@@ -98,7 +98,9 @@ def checkpoint(name: str) -> Path:
     folder = target(name)
     if not whole(folder):
         command = [sys.executable, str(HERE / "build.py"), name]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        quiet = {**os.environ, "TQDM_DISABLE": "1"}  # its steps are told in lines
+        output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        with subprocess.Popen(command, env=quiet, text=True, **output) as process:
             line = ""
             for line in process.stderr:
                 print(line, end="", file=sys.stderr, flush=True)
