@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 from transformers.utils import ModelOutput
 
 from lvlm_utils.attention.intercept import Call, intercept
-from lvlm_utils.attention.towers import Towers, has_cls, tower_layers
+from lvlm_utils.attention.towers import Towers, before_patches, tower_layers
 from lvlm_utils.families import family_of, towers_of
 from lvlm_utils.models import bare
 from lvlm_utils.pruning.engine import PictureMethod, Positions, towers_of_method
@@ -91,7 +91,7 @@ class TowerMethod(PictureMethod):
     """
 
     def inside(self, tower: nn.Module, skip: int, session: Session, stack: ExitStack) -> Any:
-        """skip: 1 where the first token is [CLS], which is no patch."""
+        """skip: how many tokens come before the patches, [CLS] first and then registers."""
         raise NotImplementedError
 
     def fit(self, lvlm):
@@ -117,9 +117,10 @@ class TowerMethod(PictureMethod):
 
     @contextmanager
     def within(self, model):
-        skip, session, seen = int(has_cls(model)), session_of(model), towers_of_method(model, self)
+        session, seen = session_of(model), towers_of_method(model, self)
         with ExitStack() as stack:
             for tower in towers_of(model).values():
+                skip = before_patches(tower)
                 hook = partial(_spread_out, seen, self.inside(tower, skip, session, stack), skip)
                 stack.callback(session.hook(tower, after=hook))
             yield
@@ -226,7 +227,18 @@ class _Merging:
         return args, {**kwargs, "attention_mask": mask}
 
     def merge(self, number: int, layer: nn.Module, args: tuple, x: Tensor) -> Tensor:
-        x, size, source = reduce(self.metric, x, self.steps[number], bool(self.skip), self.sizes[number])
-        self.sizes[number + 1], self.sources[number + 1] = size, source.gather(1, self.sources[number])
+        # registers are left alone: they stand aside while the others merge, after [CLS]
+        aside = slice(1, max(self.skip, 1))
+        others = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
+        others[aside] = False
+        sizes = self.sizes[number]
+        merged, size, source = reduce(
+            self.metric[:, others], x[:, others], self.steps[number], bool(self.skip), sizes[:, others]
+        )
+        x = torch.cat([merged[:, :1], x[:, aside], merged[:, 1:]], 1)
+        size = torch.cat([size[:, :1], sizes[:, aside], size[:, 1:]], 1)
+        whole = torch.arange(len(others), device=x.device).repeat(len(x), 1)
+        whole[:, others] = source + (source > 0) * (aside.stop - 1)
+        self.sizes[number + 1], self.sources[number + 1] = size, whole.gather(1, self.sources[number])
         self.maps[x.shape[1]] = self.sources[number + 1]
         return x
