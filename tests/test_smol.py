@@ -201,7 +201,8 @@ def test_statistics_are_those_of_eager_attention(smol, pictures):
         for hook in hooks:
             hook.remove()
     matrix = torch.stack(matrices)
-    assert (seen.received - matrix.sum(-2)).abs().max() < 1e-4
+    received = matrix.sum(-2)  # up to the number of queries
+    assert ((seen.received - received).abs() / received.clamp(min=1)).max() < 1e-4
     assert (seen.last - matrix[..., -1, :]).abs().max() < 1e-4
     assert (seen.entropy + torch.special.xlogy(matrix, matrix).sum(-1)).abs().max() < 1e-4
     assert (seen.vision.cls - torch.stack(tower)[:, :, :, 0]).abs().max() < 1e-4
