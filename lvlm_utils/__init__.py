@@ -18,7 +18,7 @@ _FUNCTIONS = {
     "summary": "evaluate",
     "measured": "results",
 }
-_MODULES = ("methods", "pruning", "samples", "efficiency", "stats", "figures")
+_MODULES = ("methods", "pruning", "samples", "efficiency", "stats", "figures", "claims")
 __all__ = ["ROOT", *_FUNCTIONS, *_MODULES]
 
 

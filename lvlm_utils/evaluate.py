@@ -10,7 +10,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lvlm_utils import prompts
 from lvlm_utils.methods import METHODS, Method, Trace, fitted, named
-from lvlm_utils.methods import prune as pruning
 from lvlm_utils.models import LVLM, evaluating
 from lvlm_utils.prefix import Ends, Reply, can_share, clusters, separate, shared
-from lvlm_utils.results import COLUMNS, MEASURED, Store, Unreadable, digest, fingerprint, path_of, revision_of
+from lvlm_utils.pruning.engine import pruning
+from lvlm_utils.results import COLUMNS, MEASURED, Store, Unreadable, digest, fingerprint, path_of, revision_of, storable
 from lvlm_utils.session import session_of
 from lvlm_utils.token_groups import inside
 
@@ -54,26 +54,33 @@ def answer(
 ) -> pd.DataFrame:  # fmt: skip
     """Ask every row of `samples` greedily; one row of results per sample, in the same order.
 
-    samples: the columns image (path or picture), context and question, and any of META and `choices`, a list of short
-        answers. `label` is one of the choices; yes or no (also True, 1, "TRUE") for a question that can be answered so;
-        else any text. It may be missing.
+    samples: the columns image (path or picture), context and question; where there are any, also sample, image_id,
+        group, length, label, target, kind, size, and `choices`, a list of short answers. `label` is one of the choices;
+        yes or no (also True, 1, "TRUE") for a question that can be answered so; else any text. It may be missing.
     image: the picture shown, "original", a "white" or "black" one of the same size, or "none".
     prune: a method of lv.methods, {"name": of one, **options}, or a list of such, which act in this order.
-    out: a parquet file. Rows there are read back while nothing changed that they depend on (`results.fingerprint`);
-        failures are asked again. Several runs may use one file.
+    out: a parquet file. Answers in it are used again unless weights, code, settings, picture or question have changed
+        (`results.fingerprint`); failures are asked again. Several runs may use one file.
     batch_size: prompts at once.
     max_new_tokens: by default 4 for questions to be answered with yes or no, 64 for others.
-    stop: words that end a reply where they are its first; by default yes and no for such questions, none for others.
+    stop: generation ends when the reply begins with one of these words; by default yes and no for questions to be
+        answered so, none for others.
     share: read what prompts about one picture have in common only once; the answers are those of separate prompts.
     progress: show a bar.
 
-    `answer` is the choice (or yes, or no) with which the reply `raw` begins, or all of it for a free question, where
-    `correct` compares with the label as text: without case and punctuation at the ends. `correct` is missing where the
-    label is. `margin` is the logit of yes minus that of no (best of their spellings) at the first new token.
-    `n_prefill_tokens` is the length of the prompt, `n_computed_tokens` how many of these tokens were read for this row;
-    `seconds` are its share of its batch. MEASURED says what pruning left: tokens that go into a layer, as mean over the
-    layers, and into the last. `keep` is that of each method that has one, as given. A failure is a row with `error`;
-    one warning counts them. Rows are split over the processes of `accelerate launch`.
+    Columns of the result, besides those of the samples:
+
+    raw, answer: the reply; and the choice (or yes, or no) with which it begins, or all of it for a free question.
+    correct: whether answer and label agree; as texts without case and punctuation at the ends; missing without a label.
+    margin: the logit of yes minus that of no (the best of their spellings) at the first new token.
+    n_prefill_tokens, n_computed_tokens: the length of the prompt; how many of its tokens were read for this row.
+    mean_tokens, mean_visual, mean_text: with pruning, the tokens that go into a layer, mean over the layers.
+    final_visual, final_text, final_context: with pruning, the tokens that go into the last layer.
+    keep: the `keep` of every method that has one, as given, joined by +.
+    seconds: the time of the batch, divided by its rows.
+    error: why the row failed; one warning counts such rows.
+
+    Rows are split over the processes of `accelerate launch`.
 
     Raises ValueError for a wrong `image` or `prune`, a missing column, and a label or choices that do not fit.
     """
@@ -88,14 +95,15 @@ def answer(
     if (session := session_of(lvlm.model)) and session.engine:
         raise ValueError("answer() inside an lv.prune would take its answers for unpruned ones: use prune=.")
     methods = _methods(prune)
-    share = share and not any([fitted(lvlm, method).uses_question for method in methods])
+    fit = [fitted(lvlm, method) for method in methods]
+    share = share and not any(method.uses_question for method in fit)
     if share and not can_share(lvlm):
         warnings.warn(f"{lvlm.name} cannot share prefixes here: slower, same answers.", stacklevel=2)
         share = False
     store, wanted = Store(out), _wanted(lvlm, samples, image, methods, max_new_tokens, stop)
     try:
         used = [[type(method), _options(method, readable=True)] for method in methods]
-        answered_by = fingerprint(lvlm, _ask, pruning if methods else None, used, aside=[METHODS])
+        answered_by = fingerprint(lvlm, _ask, pruning if methods else None, used)
         wanted["key"] = [digest([answered_by, content]) for content in wanted["content"]]
         known = store.rows[store.rows["error"].isna()]
     except Unreadable as reason:
@@ -112,7 +120,7 @@ def answer(
     chunks = [pictures[at : at + max(4, batch_size)] for at in range(0, len(pictures), max(4, batch_size))]
     with ExitStack() as stack:
         stack.enter_context(evaluating(lvlm.model))
-        trace = [stack.enter_context(pruning(lvlm, method)) for method in methods]
+        trace = [stack.enter_context(pruning(lvlm.model, method)) for method in fit]
         hidden = not progress or rank > 0 or not pictures
         bar = stack.enter_context(tqdm(total=len(pictures), unit="picture", disable=hidden))
         for chunk in chunks:
@@ -137,8 +145,8 @@ def answer(
 
 
 def summary(results: pd.DataFrame) -> dict[str, int]:
-    """Counts: rows, unparsed (answered, but by none of the choices), errors (not answered), and unlabelled (without a
-    label, so that `correct` is missing)."""
+    """Counts: rows, unparsed (the reply begins with none of the choices), errors (not answered), and unlabelled
+    (without a label, so that `correct` is missing)."""
     errors = results["error"].notna()
     counted = {"unparsed": ~results["parsed"].astype(bool) & ~errors, "errors": errors}
     counted["unlabelled"] = results["correct"].isna()
@@ -160,20 +168,17 @@ def _processes(lvlm: LVLM):
 
 # What is wanted ------------------------------------------------------------------------------------------------------
 def _methods(prune: Any) -> list[Method]:
-    def proper(one: Any) -> bool:
-        named_one = isinstance(one, Mapping) and isinstance(one.get("name"), str)
-        return named_one or isinstance(one, Method) and is_dataclass(one)
-
-    several = [prune] if isinstance(prune, Method | Mapping) else prune
-    if prune is not None and not (isinstance(several, list | tuple) and several and all(map(proper, several))):
+    several = prune if isinstance(prune, list | tuple) else [prune]
+    made = [named(**one) if isinstance(one, Mapping) and "name" in one else one for one in several]
+    if prune is not None and not (made and all(isinstance(one, Method) and is_dataclass(one) for one in made)):
         raise ValueError(f"prune={prune!r}: {USAGE} A method is a dataclass.")
-    return [one if isinstance(one, Method) else named(**one) for one in several or ()]
+    return [] if prune is None else made
 
 
 def _options(method: Method, readable: bool = False) -> dict[str, Any]:
     """All options as JSON. One that cannot be JSON counts by its name, or, if it is to be `readable`, is Unreadable."""
     stated = {}
-    for name in dict.fromkeys([*(field.name for field in fields(method)), *vars(method)]):
+    for name in dict.fromkeys([*(one.name for one in fields(method)), *vars(method)]):
         value = getattr(method, name)
         try:
             stated[name] = json.loads(json.dumps(value, default=_listed, allow_nan=False))
@@ -215,7 +220,7 @@ def _wanted(
         yes_or_no = choices == ("yes", "no")
         tokens = limit or (4 if yes_or_no else 64)
         words = choices * yes_or_no if stop is None else tuple(stop)
-        at = str(row.image) if isinstance(row.image, str | Path) else id(row.image)
+        at = storable(row.image) if isinstance(row.image, str | Path) else id(row.image)
         shown[at] = shown[at] if at in shown else _shown(row.image, condition)
         asked = [condition, str(row.sample), _text(row.context), _text(row.question), tokens, words]
         whose = [*asked, shown[at] if condition == "none" or isinstance(at, int) else at, *settings.values()]
@@ -227,12 +232,12 @@ def _wanted(
 
 
 def _text(cell: Any) -> str | list[str]:
-    """A text, or what stands for it where there is none: its row will say so."""
+    """A text; of anything else its type and its value, because its row will say what is wrong."""
     return cell if isinstance(cell, str) else [type(cell).__name__, str(cell)]
 
 
 def _shown(picture: Any, condition: str) -> str:
-    """What a picture shows. Of one that cannot be opened only the reason, because its rows are asked again anyway."""
+    """What a picture shows. For one that cannot be opened it is the error, because its rows are asked again anyway."""
     try:
         if condition == "none":
             return ""
@@ -273,7 +278,7 @@ def _read_label(row: Any, index: Any) -> tuple[tuple[str, ...], Any]:
 def fold(value: str | int | float) -> str:
     """A text, or a number as people write it, for comparison: in one form of Unicode (NFKC, plain dashes and
     apostrophes), without case, with single spaces, and without punctuation at the ends (but for the minus and the point
-    of a number). A text of nothing else stays."""
+    of a number). A text that consists of punctuation alone stays as it is."""
     whole = isinstance(value, float | np.floating) and float(value).is_integer()  # a column with gaps makes 3 a 3.0
     text = str(int(value) if whole else value)
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).translate(SIGNS)
@@ -289,8 +294,8 @@ def parse(raw: str, choices: Sequence[str] = ("yes", "no")) -> str | None:
     """The choice with which a reply begins, the longest of several, as whole words in any case; else None."""
     said = fold(raw)
     for choice in sorted(choices, key=len, reverse=True):
-        rest = said.removeprefix(fold(choice))
-        goes_on = unicodedata.category(rest[:1] or " ")[0] in "LMN" or re.match(r"[-'_]\w|[.,:/]\d", rest)
+        after = said.removeprefix(fold(choice))
+        goes_on = unicodedata.category(after[:1] or " ")[0] in "LMN" or re.match(r"[-'_]\w|[.,:/]\d", after)
         if said.startswith(fold(choice)) and not goes_on:
             return choice
     return None
@@ -318,12 +323,13 @@ def _complete(wanted: pd.DataFrame, found: Iterable[Mapping[str, Any]]) -> pd.Da
 # Asking --------------------------------------------------------------------------------------------------------------
 @dataclass
 class Asked:
-    """One sample, ready for the model."""
+    """One sample on its way to the model."""
 
     row: Any  # of the table of wanted answers, as itertuples gives it
-    picture: Image.Image | None
-    ids: list[int]
-    counts: dict[str, int]
+    picture: Image.Image | None = None
+    ids: list[int] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    ends: tuple[int, ...] = ()  # the number of tokens up to the end of the context, and up to the end of the picture
 
 
 def _ask(
@@ -332,10 +338,10 @@ def _ask(
     """What was found, in any order, for samples grouped by picture. `trace` is that of the pruning that is on."""
     done, alone = [], []
     for rows in pictures:
-        asked = _each(list(rows.itertuples()), partial(_prepare, lvlm, condition))
+        asked = _each([Asked(row) for row in rows.itertuples()], partial(_prepare, lvlm, condition))
         done += [one for one in asked if isinstance(one, dict)]
         ready = [one for one in asked if isinstance(one, Asked)]
-        for group, cuts in _alike(lvlm, ready, trace) if share else [(ready, None)]:
+        for group, cuts in _sharing(ready, trace is not None) if share else [(ready, None)]:
             found = _together(lvlm, group, cuts, batch_size, trace) if cuts and len(group) > 1 else []
             done, alone = done + found, alone + ([] if found else group)
     alone.sort(key=lambda one: len(one.ids))  # equal lengths together: little padding
@@ -344,37 +350,39 @@ def _ask(
     return done
 
 
-def _each(rows: list, run: Callable[[list], list]) -> list:
+def _each(asked: list[Asked], run: Callable[[list[Asked]], list]) -> list:
     """What `run` gives of all; where that fails, of each alone. What fails alone becomes a row with `error`."""
     try:
-        return run(rows)
+        return run(asked)
     except Exception as error:  # whatever it is: the others are to be answered
-        if len(rows) > 1:
-            return [found for row in rows for found in _each([row], run)]
-        return [_found(rows[0], error=f"{type(error).__name__}: {error}")]
+        if len(asked) > 1:
+            return [found for one in asked for found in _each([one], run)]
+        return [_found(asked[0], error=f"{type(error).__name__}: {error}")]
 
 
-def _prepare(lvlm: LVLM, condition: str, rows: list) -> "list[Asked | dict]":
+def _prepare(lvlm: LVLM, condition: str, asked: list[Asked]) -> list[Asked | dict]:
     """Samples about one picture, tokenised in full, one by one; the picture is processed once."""
-    picture = None if condition == "none" else prompts.open_image(rows[0].image)
+    picture = None if condition == "none" else prompts.open_image(asked[0].row.image)
     picture = picture if condition in ("original", "none") else prompts.blank(picture, condition)
-    rendered = [prompts.render(lvlm, picture is not None, row.context, row.question) for row in rows]
+    rendered = [prompts.render(lvlm, picture is not None, one.row.context, one.row.question) for one in asked]
     _, replaced = prompts.process(lvlm, [prompts.pictures_of(picture)], [None], rendered[:1])
     rendered = [one.expanded(replaced[0]) for one in rendered]
     batch = lvlm.tokenizer([one.text for one in rendered], **prompts.tokenizer_options(lvlm, rendered[0].text))
-    asked = []
-    for row, text, ids, offsets in zip(rows, rendered, batch["input_ids"], batch["offset_mapping"], strict=True):
+    prepared = []
+    for one, text, ids, offsets in zip(asked, rendered, batch["input_ids"], batch["offset_mapping"], strict=True):
         context = inside(torch.from_numpy(np.array(offsets)), text.spans.get("context"))  # numpy reads lists faster
-        counts = int(context.sum()), ids.count(lvlm.image_token_id), len(ids)
-        asked.append(Asked(row, picture, ids, dict(zip(COUNTS, counts))))
+        places = [context.nonzero()[:, 0].tolist(), [at for at, i in enumerate(ids) if i == lvlm.image_token_id]]
+        one.picture, one.ids, one.ends = picture, ids, tuple(max(some, default=-1) + 1 for some in places)
+        one.counts = dict(zip(COUNTS, (*map(len, places), len(ids))))
         try:
             prompts.check_length(lvlm, len(ids))
+            prepared.append(one)
         except ValueError as error:
-            asked[-1] = _found(asked[-1], error=str(error))
-    return asked
+            prepared.append(_found(one, error=str(error)))
+    return prepared
 
 
-def _alike(lvlm: LVLM, asked: list[Asked], trace: Trace | None) -> Iterator[tuple[list[Asked], list[int]]]:
+def _sharing(asked: list[Asked], pruned: bool) -> Iterator[tuple[list[Asked], list[int]]]:
     """Prompts about one picture that share a beginning, with their cuts; if it is pruned, about one context too.
 
     A beginning that is pruned ends after the first token of the question or template that all share, so that its last
@@ -382,16 +390,9 @@ def _alike(lvlm: LVLM, asked: list[Asked], trace: Trace | None) -> Iterator[tupl
     """
     contexts = defaultdict(list)
     for one in asked:
-        contexts[trace and one.row.context].append(one)
+        contexts[pruned and one.row.context].append(one)
     for members in contexts.values():
-        least = max((at + 1 for at, token in enumerate(members[0].ids) if token == lvlm.image_token_id), default=0)
-        if trace is not None:
-            try:
-                groups = _assembled(lvlm, members[:1]).groups
-            except Exception:  # asked alone, each will say itself what is wrong
-                yield members, []
-                continue
-            least = max((groups.visual | groups.context)[0].nonzero()[:, 0].tolist(), default=-1) + 2
+        least = max(members[0].ends) + 1 if pruned else members[0].ends[1]
         for rows, cuts in clusters([one.ids for one in members], least):
             yield [members[row] for row in rows], cuts
 
@@ -402,19 +403,18 @@ def _assembled(lvlm: LVLM, asked: list[Asked]) -> prompts.Prompt:
 
 
 def _together(lvlm: LVLM, asked: list[Asked], cuts: list[int], batch_size: int, trace: Trace | None) -> list[dict]:
-    """After a beginning that is read once; nothing where that fails."""
-    start, ids = time.perf_counter(), [one.ids for one in asked]
+    """Replies to prompts whose shared beginning is read once; no rows where that fails."""
+    ids = [one.ids for one in asked]
     try:
-        replies = shared(lvlm, _assembled(lvlm, asked[:1]), ids, cuts, _ends(lvlm, asked), batch_size, trace)
-        return _results(lvlm, asked, replies, start)
+        return _results(lvlm, asked, lambda: shared(lvlm, _assembled(lvlm, asked[:1]), ids, cuts, _ends(lvlm, asked),
+                                                    batch_size, trace))  # fmt: skip
     except Exception:  # asked alone, each will say itself what is wrong
         return []
 
 
 def _separately(lvlm: LVLM, trace: Trace | None, asked: list[Asked]) -> list[dict]:
-    """Prompts as one left-padded batch."""
-    start = time.perf_counter()
-    return _results(lvlm, asked, separate(lvlm, _assembled(lvlm, asked), _ends(lvlm, asked), trace), start)
+    """Replies to prompts that are one left-padded batch."""
+    return _results(lvlm, asked, lambda: separate(lvlm, _assembled(lvlm, asked), _ends(lvlm, asked), trace))
 
 
 def _ends(lvlm: LVLM, asked: list[Asked]) -> list[Ends]:
@@ -433,8 +433,9 @@ def _end(decoded: Callable, ends: set[int], limit: int, stop: Sequence[str], ids
     return len(ids) if ids[-1] in ends or len(ids) >= limit else None
 
 
-def _results(lvlm: LVLM, asked: list[Asked], replies: list[Reply], start: float) -> list[dict]:
-    """Rows of a batch that was begun at `start`."""
+def _results(lvlm: LVLM, asked: list[Asked], ask: Callable[[], list[Reply]]) -> list[dict]:
+    """Rows of the replies that `ask` gives, which is timed."""
+    start, replies = time.perf_counter(), ask()
     found, tokenizer, seconds = [], lvlm.tokenizer, (time.perf_counter() - start) / len(asked)
     for one, reply in zip(asked, replies, strict=True):
         yes, no = (reply.logits[word_ids(tokenizer, len(tokenizer), word)] for word in ("yes", "no"))
@@ -447,10 +448,10 @@ def _results(lvlm: LVLM, asked: list[Asked], replies: list[Reply], start: float)
     return found
 
 
-def _found(one: Any, **what: Any) -> dict[str, Any]:
+def _found(one: Asked, **what: Any) -> dict[str, Any]:
     """What was found for a sample, ready for the model or not."""
-    row, counts = (one.row, one.counts) if isinstance(one, Asked) else (one, {})
-    return {"key": row.key, "raw": None, "error": None, "seconds": 0.0, **dict.fromkeys(COUNTS, 0), **counts, **what}
+    plain = {"key": one.row.key, "raw": None, "error": None, "seconds": 0.0, **dict.fromkeys(COUNTS, 0)}
+    return {**plain, **one.counts, **what}
 
 
 @lru_cache(maxsize=16)

@@ -1,4 +1,4 @@
-"""One style for all figures, and `save`: svg, png and the csv behind them; the same data give the same bytes."""
+"""One style for all figures, and `save`: svg, png and the csv with their numbers; the same data give the same bytes."""
 from collections.abc import Sequence
 from pathlib import Path
 

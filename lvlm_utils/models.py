@@ -29,7 +29,7 @@ class LVLM:
     """A model with its processor and the few facts that the rest of the package needs.
 
     `window` is the longest prompt in tokens. `revision` is the hub's commit that the config came from, or "". It
-    is for show, because it says nothing about weights that were trained on, or that lie in a folder.
+    is informational: it does not change when weights are trained further, and is empty for a folder.
     """
 
     model: PreTrainedModel
@@ -122,9 +122,9 @@ def load(
     """Open a model by name, or take one that you hold as it is.
 
     name: "tiny-llava", "smol-llava", either with "-long", a folder, a hub id, or (model, processor).
-    processor: that of a model in memory, or one in place of the folder's.
+    processor: needed with a model in memory; otherwise it replaces that of the checkpoint.
     dtype: of the weights. None: the checkpoint's own on a GPU, float32 on a CPU.
-    device: None takes a GPU when there is one; a model in memory then stays where it is.
+    device: by default a GPU where there is one; a model in memory is moved only if a device is given.
     device_map: "auto" lets accelerate spread the weights, which then stay there.
     attention: a transformers implementation ("sdpa", "eager", ...); None for its default.
     trust_remote_code: opens families that transformers lacks, with a warning. The others run the library's code.

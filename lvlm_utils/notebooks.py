@@ -252,7 +252,7 @@ def _cells(source: Path, part: str) -> list:
 
 
 def _digest(content: object) -> str:
-    """Of anything that JSON holds; a path in it stands for its file's bytes."""
+    """Of anything that JSON holds; a path counts by its file's bytes."""
     text = json.dumps(content, default=lambda file: hashlib.sha256(file.read_bytes()).hexdigest())
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -1,8 +1,9 @@
 """Greedy replies to prompts, alone or after a beginning that they share: it is read once, forked, and continued.
 
-A fork repeats the keys and values of the beginning for a batch of prompts. Each prompt goes on after its own cut, under
-an ordinary mask of two dimensions in which the columns between its cut and the end of the fork are off, at the
-positions that it has alone. There is one loop of decoding: the largest logit, whatever the checkpoint's defaults are.
+A fork repeats the keys and values of the beginning for a batch of prompts. Each prompt goes on after its own cut: an
+ordinary two-dimensional mask hides the columns between its cut and the end of the fork, and positions are those that
+the prompt has when it is read alone. A beginning that was pruned is continued by the engine (`Continuation`). There is
+one loop of decoding: the largest logit, whatever the checkpoint's defaults are.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,13 +13,14 @@ from os.path import commonprefix
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from lvlm_utils.models import LVLM
 from lvlm_utils.prompts import Prompt
-from lvlm_utils.pruning.engine import Continuation, Trace
+from lvlm_utils.pruning.engine import Continuation, Trace, short_sighted
 from lvlm_utils.results import MEASURED
-from lvlm_utils.session import told
+from lvlm_utils.session import with_groups
 from lvlm_utils.token_groups import TokenGroups
 
 GoOn = Callable[[Tensor, Tensor], Tensor]  # the next ids (rows, new), and which of them are real -> logits (rows, all)
@@ -42,11 +44,8 @@ def can_share(lvlm: LVLM) -> bool:
     Layers have to see the whole past, and positions have to count tokens: on a grid (Qwen-VL) they depend on the
     picture's size too. Remote code is not trusted, nor is a model that cannot give the last logits alone.
     """
-    text = lvlm.model.config.get_text_config()
-    sliding = ["sliding_attention"] if getattr(text, "sliding_window", None) else []
-    layers = getattr(text, "layer_types", None) or sliding
     plain = not lvlm.family.grid_positions and lvlm.family.verified
-    return plain and set(layers) <= {"full_attention"} and bool(_last_only(lvlm.model))
+    return plain and not short_sighted(lvlm.decoder.config) and bool(_last_only(lvlm.model))
 
 
 def clusters(ids: Sequence[list[int]], least: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -89,7 +88,7 @@ def separate(lvlm: LVLM, prompt: Prompt, ends: Sequence[Ends], trace: Trace | No
     real = prompt.inputs["attention_mask"].bool()
     next_position, positions = real.sum(1, keepdim=True), (real.cumsum(1) - 1).clamp(min=0)
     on_grid = lvlm.family.grid_positions and any(name.endswith("grid_thw") for name in prompt.inputs)
-    with told(lvlm.model, prompt.groups):
+    with with_groups(lvlm.model, prompt.groups):
         out = lvlm.model(**prompt.inputs, position_ids=None if on_grid else positions, use_cache=True,
                          **_last_only(lvlm.model))  # fmt: skip
     if on_grid:
@@ -97,7 +96,7 @@ def separate(lvlm: LVLM, prompt: Prompt, ends: Sequence[Ends], trace: Trace | No
     kept = [None] * len(ends) if trace is None else counts(trace, prompt.groups)
     go_on = Fork(lvlm.model, out.past_key_values, real, next_position)
     replies = _greedy(out.logits[:, -1], go_on, ends)
-    return [Reply(*one, *rest) for one, *rest in zip(replies, real.sum(1).tolist(), kept, strict=True)]
+    return [Reply(*one, *more) for one, *more in zip(replies, real.sum(1).tolist(), kept, strict=True)]
 
 
 @torch.inference_mode()
@@ -110,21 +109,21 @@ def shared(
     cuts = list(cuts) if trace is None else [min(cuts)] * len(cuts)
     groups = _first(prompt.groups, max(cuts))
     inputs = {k: v[:, : max(cuts)] if v.shape == prompt.groups.visual.shape else v for k, v in prompt.inputs.items()}
-    with told(lvlm.model, groups):
+    with with_groups(lvlm.model, groups):
         cache = lvlm.model(**inputs, use_cache=True, **_last_only(lvlm.model)).past_key_values
     kept = None if trace is None else counts(trace, groups)[0]
-    rests = [own[cut:] for own, cut in zip(ids, cuts, strict=True)]
-    order = sorted(range(len(ids)), key=lambda row: (len(rests[row]).bit_length(), cuts[row]))  # little padding
+    endings = [own[cut:] for own, cut in zip(ids, cuts, strict=True)]
+    order = sorted(range(len(ids)), key=lambda row: (len(endings[row]).bit_length(), cuts[row]))  # little padding
     replies: dict[int, Reply] = {}
     for pack in (order[at : at + batch_size] for at in range(0, len(order), batch_size)):
         go_on = _forked(lvlm, cache, [cuts[row] for row in pack]) if trace is None else Continuation(
             lvlm.model, cache, len(pack))  # fmt: skip
-        tokens, real = _padded(lvlm, [rests[row] for row in pack])
+        tokens, real = _padded(lvlm, [endings[row] for row in pack])
         for row, one in zip(pack, _greedy(go_on(tokens, real), go_on, [ends[row] for row in pack]), strict=True):
-            new = len(rests[row])
+            new = len(endings[row])
             more = dict.fromkeys(("mean_tokens", "mean_text", "final_text"), new)
             replies[row] = Reply(*one, new, kept and {name: kept[name] + more.get(name, 0) for name in MEASURED})
-    replies[0].computed += max(cuts)
+    replies[0].computed += max(cuts)  # the beginning was read once, and is counted for the first row
     return [replies[row] for row in range(len(ids))]
 
 
@@ -169,11 +168,8 @@ def _forked(lvlm: LVLM, cache: DynamicCache, cuts: Sequence[int]) -> Fork:
 
 def _padded(lvlm: LVLM, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
     """Token ids as a left-padded batch, and where they are no padding."""
-    width = max(map(len, rows))
-    real = torch.arange(width) >= width - torch.tensor([len(row) for row in rows])[:, None]
-    ids = torch.zeros(real.shape, dtype=torch.long)
-    ids[real] = torch.tensor([token for row in rows for token in row])
-    return ids.to(lvlm.device), real.to(lvlm.device)
+    ids = pad_sequence([torch.tensor(row) for row in rows], True, padding_value=-1, padding_side="left").to(lvlm.device)
+    return ids.clamp(min=0), ids >= 0
 
 
 def _first(groups: TokenGroups, tokens: int) -> TokenGroups:

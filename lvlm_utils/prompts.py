@@ -11,11 +11,11 @@ from PIL import Image, ImageOps
 from transformers import BatchFeature, PreTrainedModel
 
 from lvlm_utils.models import LVLM, bare, evaluating
-from lvlm_utils.session import told
+from lvlm_utils.session import stated, with_groups
 from lvlm_utils.token_groups import PARTITION, Rendered, TokenGroups, token_groups
 
 Picture = Image.Image | str | Path | np.ndarray | torch.Tensor
-MARK = "\ue000"  # stands for the user's text to see what a template writes around it; no script uses this character
+MARK = "\ue000"  # in place of the user's text, to see what a template writes around it; no script has this character
 SHOWN = 4  # prompts that print() describes
 TOKENS = ("eos_token_id", "bos_token_id")  # what a generation config says about the tokens themselves
 # How to turn off settings of a generation config that transformers cannot do without. None turns off all others.
@@ -48,7 +48,7 @@ def open_image(source: Picture) -> Image.Image:
     (channels, height, width) with 1, 3 or 4 channels, in uint8, uint16 or floats from 0 to 1.
 
     EXIF orientation is followed, 16 bits are scaled to 8, and what is transparent shows white. Of several frames
-    (GIF, WebP, TIFF) it is the first, or the one at which a PIL image stands. FileNotFoundError for a missing file,
+    (GIF, WebP, TIFF) it is the first, or the one that a PIL image is at. FileNotFoundError for a missing file,
     ValueError that names the picture for one that cannot be read or that may mean two things.
     """
     kind, name = type(source).__name__, source
@@ -79,7 +79,7 @@ def _as_seen(image: Image.Image) -> Image.Image:
     clear = image.info.get("transparency")
     if image.mode == "RGB" and isinstance(clear, tuple) and max(clear) > 255:
         raise ValueError("its transparent colour has 16 bits and its pixels 8: save it with an alpha channel")
-    if image.mode.startswith(("I", "F")):  # grey of more than 8 bits, of which one value may stand for transparent
+    if image.mode.startswith(("I", "F")):  # grey of more than 8 bits, of which one value may mean transparent
         values = np.asarray(image)
         values = 65535 - values if inverted and image.mode.startswith("I;16") else values
         return Image.fromarray(np.where(values == clear, np.uint8(255), _eight_bits(values))).convert("RGB")
@@ -201,8 +201,7 @@ def prompt(
 
     image: what `open_image` takes; a tuple of pictures shows several in one prompt, None shows none.
     context, question: the text after the pictures; the question is what the answer is about.
-    video: a tuple of frames, of which none is left out; they count as taken at the rate of the family's processor, or
-        one a second.
+    video: a tuple of frames. All of them are shown, as if taken at the rate of the family's processor, or one a second.
 
     A single value is used for every row. Raises FileNotFoundError or ValueError for a picture that is missing or
     unreadable, ValueError for inputs that the family cannot take and for a prompt longer than `lvlm.window`.
@@ -287,26 +286,24 @@ def greedy_options(lvlm: LVLM | PreTrainedModel, max_new_tokens: int, **given: A
 
     Whatever else the checkpoint's generation_config says is turned off, except which tokens end a text.
     """
-    own = bare(lvlm).generation_config
-    options = {name: OFF.get(name) for name, value in own.to_dict().items() if value is not None and name not in TOKENS}
-    pad = lvlm.pad_token_id if isinstance(lvlm, LVLM) else own.pad_token_id
-    config = given.pop("generation_config", None)
-    config = {} if config is None else {name: value for name, value in config.to_dict().items() if value is not None}
-    return {**options, "pad_token_id": pad, "max_new_tokens": max_new_tokens, **config, **given}
+    own = stated(bare(lvlm).generation_config)
+    pad = lvlm.pad_token_id if isinstance(lvlm, LVLM) else own.get("pad_token_id")
+    options = {name: OFF.get(name) for name in own if name not in TOKENS}
+    options |= {"pad_token_id": pad, "max_new_tokens": max_new_tokens}
+    return {**options, **stated(given.pop("generation_config", None)), **given}
 
 
 @torch.inference_mode()
 def generate(lvlm: LVLM, prompt: Prompt, max_new_tokens: int = 20, **given: Any) -> str | list[str] | list[list[str]]:
     """The model's continuation as text, stripped: greedy, unless `given` keywords of `generate` say otherwise.
 
-    One text for one prompt, a list for a batch; where several sequences of a prompt are asked for
-    (num_return_sequences), a list of them in place of each text. The model is in eval mode meanwhile. ValueError for
-    keywords whose results would be lost, such as output_scores.
+    One text for one prompt, a list for a batch. With num_return_sequences above 1 each text becomes a list. The model
+    is in eval mode meanwhile. ValueError for keywords whose results would be lost, such as output_scores.
     """
     options = greedy_options(lvlm, max_new_tokens, **given)
     if lost := [name for name in options if name.startswith(("output_", "return_dict")) and options[name]]:
         raise ValueError(f"lv.generate returns text alone, {lost[0]}=True would be lost: use lvlm.model.generate.")
-    with evaluating(lvlm.model), told(lvlm.model, prompt.groups):
+    with evaluating(lvlm.model), with_groups(lvlm.model, prompt.groups):
         output = lvlm.model.generate(**prompt.inputs, **options)
     new = output[:, prompt.inputs["input_ids"].shape[1] :]
     texts = [text.strip() for text in lvlm.tokenizer.batch_decode(new, skip_special_tokens=True)]
@@ -319,12 +316,12 @@ def generate(lvlm: LVLM, prompt: Prompt, max_new_tokens: int = 20, **given: Any)
 def forward(lvlm: LVLM, prompt: Prompt, gradients: bool = False, **given: Any) -> torch.Tensor:
     """The logits (batch, tokens, vocabulary) of one forward pass, in eval mode.
 
-    Methods and statistics around it know the prompt's groups. gradients: whether to keep what a backward pass needs;
-    otherwise it runs in inference mode. `given`: further keywords of the model, such as logits_to_keep. ValueError for
-    keywords whose results would be lost, such as labels.
+    Inside lv.prune or lv.observe the prompt's groups are passed on, which a bare `model(...)` does not do. gradients:
+    whether to keep what a backward pass needs; otherwise it runs in inference mode. `given`: further keywords of the
+    model, such as logits_to_keep. ValueError for keywords whose results would be lost, such as labels.
     """
     if lost := [name for name in given if name.startswith(("labels", "output_")) and given[name] is not None]:
         raise ValueError(f"lv.forward returns logits alone, {lost[0]} would be lost: use lvlm.model.")
     mode = torch.enable_grad() if gradients else torch.inference_mode()
-    with evaluating(lvlm.model), told(lvlm.model, prompt.groups), mode:
+    with evaluating(lvlm.model), with_groups(lvlm.model, prompt.groups), mode:
         return lvlm.model(**prompt.inputs, **given).logits

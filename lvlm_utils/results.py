@@ -22,7 +22,7 @@ from enum import Enum
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -56,22 +56,27 @@ class Unreadable(ValueError):
 
 
 # What is unchanged ---------------------------------------------------------------------------------------------------
-def fingerprint(*values: object, aside: Iterable[object] = ()) -> str:
+def fingerprint(*values: object) -> str:
     """16 characters that change with the content of `values` and with all code that runs when they are used.
 
-    values: numbers, text, lists, dicts, arrays, tensors, pictures; files (Path) and folders by their bytes; tables, in
-        whose column `image` text stands for a file; models by all their weights, settings and hooks, their processors,
-        and the versions of the libraries; functions and classes by their bytecode and, in turn, everything that they
-        name, unless it belongs to an installed library, which counts by its name. Other objects that code names count
-        by their type.
-    aside: objects that code names and that do not count.
+    values: numbers, text, lists, dicts, arrays, tensors, pictures; files (Path) and folders by their bytes, but by name
+        where code names the repository (lv.ROOT), what holds it, or its folders of results and figures; tables, in
+        whose column `image` text is the path of a file; models by all their weights, settings and hooks, their
+        processors, and the versions of the libraries; functions and classes by their bytecode and, in turn, everything
+        that they name, unless it belongs to an installed library, which counts by its name. Other objects that code
+        names count by their type.
 
     Raises Unreadable for offloaded weights, code without source, and values of other types.
     """
-    read = _Reader(tuple(aside))
+    read = _Reader()
     content = [read(value) for value in values]
     content += [read.code(one) for one in read.code_met]  # grows: code names other code
     return digest(content)
+
+
+def storable(value: object) -> str:
+    """The text of a value as Unicode, which not every file name and not every text of the web is."""
+    return str(value).encode(errors="backslashreplace").decode()
 
 
 def digest(content: object) -> str:
@@ -82,15 +87,13 @@ def digest(content: object) -> str:
 class _Reader:
     """Values -> JSON. Code is only met here, and read afterwards, once each: functions may name each other."""
 
-    def __init__(self, aside: tuple[object, ...]):
-        self.aside, self.in_model = aside, False
+    def __init__(self):
+        self.in_model = False
         self.code_met: list[FunctionType | type] = []
         self.numbers: dict[int, int] = {}
 
     def __call__(self, value: object, strict: bool = True) -> object:
         go, name = functools.partial(self, strict=strict), f"{type(value).__module__}.{type(value).__qualname__}"
-        if any(value is one for one in self.aside):
-            return name
         match value:
             case Enum() | torch.dtype() | torch.device():
                 return str(value)
@@ -106,10 +109,12 @@ class _Reader:
                 return sorted(json.dumps(go(one)) for one in value)
             case dict():
                 return [[go(key), go(one)] for key, one in value.items()]
+            case Path() if not strict and _is_written_to(value):
+                return os.path.relpath(value, ROOT)
             case Path():
-                inside = sorted(value.rglob("*")) if value.is_dir() else ()
+                inside = sorted(one for one in value.rglob("*") if one.is_file()) if value.is_dir() else ()
                 whole = digest(value.read_bytes()) if value.is_file() else str(value)
-                return [[str(file.relative_to(value)), go(file)] for file in inside] or whole
+                return [[str(file.relative_to(value)), digest(file.read_bytes())] for file in inside] or whole
             case np.ndarray():
                 whole = value.tolist() if value.dtype.hasobject else digest(np.ascontiguousarray(value).tobytes())
                 return [value.dtype.str, value.shape, go(whole)]
@@ -184,38 +189,37 @@ class _Reader:
         return ["code", self.numbers[id(code)]]
 
     def code(self, code: FunctionType | type) -> list:
-        """A function: its bytecode, its defaults and all that it names. A class: what stands in it."""
+        """A function: its bytecode, its defaults and all that it names. A class: what its body holds."""
         loosely = functools.partial(self, strict=False)
         if isinstance(code, type):
             own = [(name, one) for name, one in sorted(vars(code).items()) if name[:2] != "__" or _written(one)]
             return [code.__qualname__, loosely(code.__bases__), [[name, loosely(one)] for name, one in own]]
         cells = zip(code.__code__.co_freevars, code.__closure__ or ())
-        around = {name: cell.cell_contents for name, cell in cells if cell != CellType()}
+        named = {name: cell.cell_contents for name, cell in cells if cell != CellType()}
         made = code.__qualname__.startswith("__create_fn__")  # by a dataclass, from its fields
         if made or not _ours(code.__globals__.get("__name__", "")):
-            return [code.__module__, code.__qualname__, loosely(around)]
+            return [code.__module__, code.__qualname__, loosely(named)]
         if not _written(code):
             raise Unreadable(f"{code.__qualname__} has no source to read")
-        steps = [step for one in _nested(code.__code__) for step in dis.get_instructions(one)]
-        names = sorted({name for one in _nested(code.__code__) for name in one.co_names})
-        around |= {name: code.__globals__[name] for name in names if name in code.__globals__}
-        modules = [one for one in around.values() if isinstance(one, ModuleType)]
-        for step in steps:
+        parts = _nested(code.__code__)
+        names = sorted({name for part in parts for name in part.co_names if not name.endswith("__")})
+        spaces = [SimpleNamespace(**code.__globals__), *(one for one in named.values() if isinstance(one, ModuleType))]
+        for step in (step for part in parts for step in dis.get_instructions(part)):
             if step.opname == "IMPORT_NAME":
                 with suppress(ImportError, ValueError):  # one that is not there does not run
-                    modules.append(import_module(step.argval))
-        for module in modules:  # grows: a package has modules
-            for name in names if _ours(module.__name__) else ():
-                place, value = f"{module.__name__}.{name}", getattr(module, name, None)
-                if value is not None and place not in around:
-                    around[place] = value
-                    modules += [value] if isinstance(value, ModuleType) else []
+                    spaces.append(import_module(step.argval))
+        for space in spaces:  # grows: a module that is named has names too
+            for name in names if _ours(space.__name__) else ():
+                place, value = f"{space.__name__}.{name}", getattr(space, name, None)
+                if value is not None and place not in named:
+                    named[place] = value
+                    spaces += [value] if isinstance(value, ModuleType) else []
         return [_bytecode(code.__code__), loosely([code.__defaults__, code.__kwdefaults__]),
-                [[name, loosely(value)] for name, value in sorted(around.items())]]  # fmt: skip
+                [[name, loosely(value)] for name, value in sorted(named.items())]]  # fmt: skip
 
 
 def _tensor(tensor: torch.Tensor) -> list:
-    """All bytes; of a large tensor sums over rows and columns of 1,024 whole numbers: a changed bit changes both."""
+    """All bytes; for a large tensor sums over rows and columns of 1,024 integers: a changed bit changes both."""
     if tensor.is_meta:
         raise Unreadable("Some weights are offloaded and cannot be read")
     try:
@@ -247,29 +251,33 @@ def _holds_more(hook: object) -> bool:
     if isinstance(hook, functools.partial):
         plain = all(isinstance(one, str | int | float) for one in (*hook.args, *hook.keywords.values()))
         return _holds_more(hook.func) or (_counts(hook) and not plain)
-    if isinstance(hook, MethodType):
-        return _ours(type(hook.__self__).__module__) and not _of_package(type(hook.__self__).__module__)
-    return not hasattr(hook, "__globals__") and _ours(type(hook).__module__) and not _of_package(type(hook).__module__)
+    return _users(type(getattr(hook, "__self__", hook)).__module__)  # that of a function is `builtins`
 
 
-def _of_package(module: str) -> bool:
-    return module.partition(".")[0] == "lvlm_utils"
+def _is_written_to(path: Path) -> bool:
+    """Whether it is the repository or holds it, or is where results go: measuring itself changes what is in there."""
+    path, outputs = path.absolute(), {ROOT / "results", ROOT / "figures"}
+    return not path.is_file() and bool({path} & {ROOT, *ROOT.parents} or outputs & {path, *path.parents})
 
 
 def _counts(part: object) -> bool:
-    """Whether part of a module is a setting, or code that the user put there: ours only looks, and a library's comes
-    with the model."""
+    """Whether part of a module is a setting, or code of the user: code of this package only observes, and code of a
+    library comes with the model."""
     while isinstance(part, functools.partial | MethodType):
         part = part.func if isinstance(part, functools.partial) else part.__func__
     where = getattr(part, "__globals__", {}).get("__name__", "lvlm_utils")
-    return not callable(part) or where.partition(".")[0] != "lvlm_utils" and _ours(where)
+    return not callable(part) or _users(where)
 
 
 def _ours(module: str) -> bool:
     """Whether a module is of this package or of the user's, not of an installed library."""
+    return module.partition(".")[0] == "lvlm_utils" or _users(module)
+
+
+def _users(module: str) -> bool:
     file = getattr(sys.modules.get(module), "__file__", None) or ""
     installed = {"site-packages", "dist-packages"} & set(Path(file).parts) or file.startswith(LIBRARIES)
-    return module.partition(".")[0] == "lvlm_utils" or not (installed or module in sys.builtin_module_names)
+    return not (installed or module in sys.builtin_module_names or module.partition(".")[0] == "lvlm_utils")
 
 
 def _written(code: object) -> bool:
@@ -319,13 +327,14 @@ def measured(
     lvlm: LVLM, name: str, measure: Callable[..., Measured | Iterable[pd.DataFrame]], *asked: object,
     folder: str | Path | None = None,
 ) -> Measured:  # fmt: skip
-    """What `measure(*asked)` gives, read back while nothing changed that it depends on (see `fingerprint`).
+    """What `measure(*asked)` gives, kept in a file: measured anew when model, code or arguments have changed.
 
-    lvlm: the model that is measured; others that `measure` names count too.
-    name: of the file, `<name>-<whose>-<state>.parquet` or `.npz`: whose it is depends on the model's path and revision
-        and on `asked`. Older states of the same are removed.
-    measure: gives a table, several of them (which are put below each other), or a dict of arrays. Objects that it names
-        and `fingerprint` does not know, such as random generators, count by their type: make them inside.
+    lvlm: the model that is measured; other models that `measure` uses are noticed too (see `fingerprint`).
+    name: of the file, `<name>-<whose>-<state>.parquet` or `.npz`. `whose` is a hash of the model's path and revision
+        and of `asked`, `state` a hash of all that the result depends on; files of the same `whose` and an older `state`
+        are deleted.
+    measure: gives a table, several of them (which are put below each other), or a dict of arrays. Objects that
+        `fingerprint` cannot read, such as random generators, are noticed by their type alone: create them inside.
     folder: by default results/<model>/.
 
     What cannot be read is measured every time, with a warning.
@@ -414,8 +423,9 @@ def _rows_of(file: Path) -> pd.DataFrame:
 
 def _write(rows: pd.DataFrame, path: Path) -> None:
     """Cells of mixed types as text, which is all that a column of parquet can hold."""
+
     def text(cell: object) -> str | None:
-        return None if pd.api.types.is_scalar(cell) and pd.isna(cell) else str(cell)
+        return None if pd.api.types.is_scalar(cell) and pd.isna(cell) else storable(cell)
 
     mixed = {name: [text(cell) for cell in rows[name]] for name in rows if rows[name].dtype == object}
     with atomic(path) as part:

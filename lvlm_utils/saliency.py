@@ -3,10 +3,10 @@
 Zhou et al. (2024, arXiv:2410.19732), Eq. 17 to 23, after Wang et al. (2023, arXiv:2305.14160). Conventions:
 
 - I(i, j) = sum over heads of |A_ij dL/dA_ij|: row i is the query, column j the key, and information flows from the key
-  to the query. Eq. 17 transposes A, so that its pairs are (source, target). Taken word for word it would multiply A_ji
-  by the gradient of A_ij, of which a causal model has only the one or the other.
+  to the query. Eq. 17 transposes A, so that its pairs are (source, target). Taken literally it would pair
+  A_ji with the gradient of A_ij, and in a causal model one of the two is always 0.
 - Eq. 17 takes the absolute value inside the sum over heads, the code of Wang et al. outside.
-- dL/dA is the derivative by the attention of one layer as it comes out of the softmax, through all that follows.
+- dL/dA is the gradient of the loss by the softmax output of one layer, propagated back through all later layers.
 - What a token sends to itself, I(i, i), is no flow between tokens: it is part of `groups`, but of no score.
 """
 
@@ -26,7 +26,7 @@ from lvlm_utils.attention.visibility import Views
 from lvlm_utils.models import LVLM, evaluating
 from lvlm_utils.prompts import Prompt
 from lvlm_utils.pruning.engine import Stage, stage_of
-from lvlm_utils.session import check_checkpointing, plain_arithmetic, session_of, told
+from lvlm_utils.session import check_checkpointing, plain_arithmetic, session_of, with_groups
 
 GROUPS = ("visual", "preserved", "pruned", "target")  # v, r, c and t of Eq. 18 to 23
 # source and target of each score, as numbers of GROUPS
@@ -57,9 +57,11 @@ class Flow:
     def scores(self) -> pd.DataFrame:
         """Eq. 18 to 23 with the paper's denominators; rows (sample, layer), columns Svr Svc Srt Sct Svt Sww.
 
-        The visual part counts as one: Svr and Srt are divided by the number of preserved tokens, Svc and Sct by that of
-        pruned ones, Svt by 1 (and the last three by the number of target tokens, if there are several). Sww is divided
-        by the number of pairs in the layer that are in no other score. NaN where a number is 0.
+        The visual part counts as one token, so that the sums are divided by these numbers of tokens (NaN where 0):
+
+        Svr: preserved      Srt: preserved x target
+        Svc: pruned         Sct: pruned x target
+        Svt: target         Sww: pairs in the layer that are in no other score
         """
         _, preserved, pruned, target = self.tokens.double().unbind(1)
         of_target = {"Srt": preserved * target, "Sct": pruned * target, "Svt": target}
@@ -84,46 +86,47 @@ class Flow:
 
 
 def information_flow(
-    lvlm: LVLM, prompt: Prompt, target: Target | list[Target] = "yes", position: int = -1,
-    pruned: Tensor | None = None, absolute: str = "inside",
+    lvlm: LVLM, prompt: Prompt, target: Target | list[Target] = "yes", pruned: Tensor | None = None,
+    absolute: str = "inside",
 ) -> Flow:  # fmt: skip
     """Flow of information between the groups of a prompt, towards the prediction of `target`, in every layer.
 
     target: the answer as text, as the id of one token, or as ids of several tokens in a tuple; a list has one for each
-    row of a batch. Several tokens are read one after the other, and L = -ln p is summed over them. position: the column
-    of the prompt that predicts the first of them, -1 is the last; what comes after it counts nowhere.
+    row of a batch. Several tokens are read one after the other, and L = -ln p is summed over them.
 
     pruned: bool (batch, tokens), the text that is pruned (c); visual tokens and the target are never counted in it. By
     default what `lv.prune` drops, and where nothing prunes the model all of the context. The other text is preserved
-    (r). `flow.pruned` of a pruned run gives a baseline the same groups. absolute: "inside" the sum over heads (Eq. 17),
-    or "outside".
+    (r). To compare with an unpruned run on the same groups, pass `pruned=flow.pruned` of the pruned run.
+
+    absolute: where the absolute value is taken, "inside" the sum over heads (Eq. 17) or "outside" it.
 
     Prompts of a batch do not touch each other. No gradient reaches a parameter, and the N x N attention never exists:
-    memory is that of a forward and backward pass. In float16 or bfloat16 gradients are as coarse as the model's own.
-    ValueError for a target or position that the prompt does not allow.
+    memory is that of a forward and backward pass. In a float16 or bfloat16 model the gradients are in half precision
+    too. ValueError for a target that the prompt does not allow.
     """
     if absolute not in ABSOLUTE:
         raise ValueError(f"absolute={absolute!r} is not one of {', '.join(ABSOLUTE)}.")
     model, layers = lvlm.model, lvlm.decoder.layers
-    inputs, ids, first = _question(lvlm, prompt, target, position)
-    columns, dtype = inputs["input_ids"].shape[1], torch.promote_types(lvlm.dtype, torch.float32)
+    inputs, ids = _question(lvlm, prompt, target)
+    before, new = prompt.groups.last.shape[1] - 1, ids.shape[1]  # columns before those that predict the target
     session = session_of(model)
-    if session is not None and session.engine is not None and first < columns - 1:
-        raise ValueError("Inside lv.prune the target is one token, predicted by the last token of the prompt.")
+    if session is not None and session.engine is not None and new > 1:
+        raise ValueError("Inside lv.prune the target is one token.")
     check_checkpointing(model)
     recorder = _Recorder(model, layers, absolute)
     with (
-        torch.inference_mode(False), torch.enable_grad(), _frozen(model), evaluating(model), told(model, prompt.groups)
+        torch.inference_mode(False), torch.enable_grad(), _frozen(model), evaluating(model),
+        with_groups(model, prompt.groups),
     ):  # fmt: skip
         with intercept(recorder.see, *layers):
-            logits = model(**inputs, use_cache=False, logits_to_keep=columns - first).logits
+            logits = model(**inputs, use_cache=False, logits_to_keep=new).logits
         last = stage_of(model, len(layers) - 1)
         # Some families give all logits. In float64, because 1 - p of a sure answer has few digits in float32.
-        likely = logits[:, first - columns :][:, : ids.shape[1]].cpu().double().log_softmax(-1)
+        likely = logits[:, -new:].cpu().double().log_softmax(-1)
         likely = likely.gather(-1, ids.clamp(min=0)[..., None])[..., 0]
         loss = -likely.where(ids >= 0, 0).sum(-1)
-        groups, pruned = _groups(prompt, pruned, pad(ids >= 0, (first, columns - first - ids.shape[1])), last)
-        recorder.groups = groups.to(dtype)
+        groups, pruned = _groups(prompt, pruned, pad(ids >= 0, (before, 0)), last)
+        recorder.groups = groups.to(torch.promote_types(lvlm.dtype, torch.float32))
         loss.sum().backward()
     sums = [torch.stack(parts) for parts in zip(*recorder.sums, strict=True)]
     return Flow(*sums, groups.sum(1).cpu(), pruned.cpu(), loss.detach().cpu())
@@ -171,17 +174,14 @@ def _groups(prompt: Prompt, pruned: Tensor | None, target: Tensor, last: Stage |
         raise ValueError(f"pruned has to be bool {tuple(text.shape)}, not {pruned.dtype} {tuple(pruned.shape)}.")
     if pruned is None and last is not None:
         pruned = ~torch.zeros_like(text).scatter(1, last.place.to(text.device), last.alive.to(text.device))
-    after = target.any(0).cumsum(0)[: text.shape[1]] > 0
-    pruned = (prompt.groups.context if pruned is None else pruned.to(text.device)) & text & ~after
-    masks = [mask & ~after for mask in (prompt.groups.visual, text & ~pruned, pruned)]
+    pruned = (prompt.groups.context if pruned is None else pruned.to(text.device)) & text & ~prompt.groups.last
+    masks = [mask & ~prompt.groups.last for mask in (prompt.groups.visual, text & ~pruned, pruned)]
     return torch.stack([*(pad(mask, (0, target.shape[1] - text.shape[1])) for mask in masks), target], -1), pruned
 
 
-def _question(
-    lvlm: LVLM, prompt: Prompt, target: Target | list[Target], position: int
-) -> tuple[dict[str, Tensor], Tensor, int]:
+def _question(lvlm: LVLM, prompt: Prompt, target: Target | list[Target]) -> tuple[dict[str, Tensor], Tensor]:
     """Inputs with all but the last token of the answer after the prompt; the answer (batch, tokens), -1 where it is
-    shorter than others; the column that predicts its first token."""
+    shorter than others."""
     real = prompt.inputs["attention_mask"].bool()
     batch, tokens = real.shape
     targets = target if isinstance(target, list) else [target] * batch
@@ -190,17 +190,13 @@ def _question(
         raise ValueError(f"target has {len(targets)} entries, the prompt {batch} rows.")
     answers = [torch.tensor(_answer(lvlm, text, one)) for text, one in zip(texts, targets, strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=-1)
-    inputs, more, first = dict(prompt.inputs), ids.shape[1] - 1, position % tokens
-    if not -tokens <= position < tokens or not real[:, first].all():
-        raise ValueError(f"position={position} is not a token of every prompt.")
-    if more and first < tokens - 1:
-        raise ValueError("Only the last token of the prompt (position=-1) can have a target of several tokens.")
+    inputs, more = dict(prompt.inputs), ids.shape[1] - 1
     if more:
         read = ids[:, 1:] >= 0  # the others get any token, and are padding
         inputs |= {name: pad(value, (0, more)) for name, value in inputs.items() if value.shape == real.shape}
         inputs["input_ids"][:, tokens:] = ids[:, :-1].where(read, ids[:, :1]).to(real.device)
         inputs["attention_mask"][:, tokens:] = read.to(real.device)
-    return inputs, ids, first
+    return inputs, ids
 
 
 def _answer(lvlm: LVLM, text: str, target: Target) -> list[int]:

@@ -7,7 +7,7 @@ prompt in another way than in one forward pass; and its hooks do nothing in a co
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial, update_wrapper
 from inspect import signature
 from typing import Any
@@ -15,10 +15,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from lvlm_utils.families import decoder_of, towers_of, visual_ids
-from lvlm_utils.token_groups import TokenGroups
+from lvlm_utils.families import decoder_of, towers_of
+from lvlm_utils.token_groups import TokenGroups, is_visual
 
 LOCK = threading.RLock()
 OPEN: "WeakKeyDictionary[PreTrainedModel, dict[int, Session]]" = WeakKeyDictionary()  # model -> thread -> session
@@ -31,7 +31,7 @@ def session_of(model: PreTrainedModel) -> "Session | None":
 
 
 @contextmanager
-def told(model: PreTrainedModel, groups: TokenGroups | None) -> Iterator[None]:
+def with_groups(model: PreTrainedModel, groups: TokenGroups | None) -> Iterator[None]:
     """Let what observes or prunes `model` know the groups of the prompts that are read inside the block."""
     session = session_of(model)
     if session is None:
@@ -54,7 +54,7 @@ def joined(model: PreTrainedModel, part: Any) -> "Iterator[Session]":
         yield session
     finally:
         with LOCK:
-            session.parts.pop(next(at for at, other in enumerate(session.parts) if other is part))
+            session.parts.remove(part)
             if not session.parts:
                 session.hooks.close()
                 del OPEN[model][session.thread]
@@ -71,7 +71,7 @@ class Session:
         self.engine: Any = None  # what prunes: no other thread may then run the model
         self.groups: TokenGroups | None = None  # of the prompt that is read
         self.ids: Tensor | None = None  # its input_ids, where they are known
-        self.rows = 1  # of the batch for each prompt: beams, or several answers
+        self.beams = 1  # rows of the batch for each prompt: beams, or several answers
         self.generating = False
         self.prompts = 0  # that generate has read
         self.read = True  # the decoder has got the pictures that a tower has seen so far
@@ -125,8 +125,7 @@ class Session:
 
     def _shows_pictures(self) -> bool:
         """Whether the prompt has visual tokens, as far as is known: a tower may have run for something else."""
-        ids = torch.tensor(visual_ids(self.model), device=None if self.ids is None else self.ids.device)
-        return self.ids is None or bool(torch.isin(self.ids, ids).any())
+        return self.ids is None or bool(is_visual(self.model, self.ids).any())
 
     def _after_model(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.read, self.ids = True, None
@@ -136,6 +135,12 @@ def is_prompt(kwargs: dict[str, Any]) -> bool:
     """Whether a decoder called with `kwargs` reads a prompt from its beginning: no cache, or an empty one."""
     cache = kwargs.get("past_key_values")
     return cache is None or cache.get_seq_length() == 0
+
+
+def read_by(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """What a decoder called so reads: embeddings (batch, tokens, width), or ids (batch, tokens)."""
+    x = kwargs.get("inputs_embeds")
+    return x if x is not None else kwargs.get("input_ids", args[0] if args else None)
 
 
 class _Hook:
@@ -152,17 +157,13 @@ class _Hook:
         return None
 
     def __reduce__(self) -> tuple:
-        return _nothing, ()
+        return partial, (_ignore,)
 
 
 OTHER_THREAD = (
     "This model is pruned by another thread: open lv.prune in the thread that runs the model, and take turns, or give "
     "every thread a model of its own."
 )
-
-
-def _nothing() -> Callable:
-    return _ignore
 
 
 def _ignore(*args: Any) -> None:
@@ -216,17 +217,21 @@ def _generate(model: PreTrainedModel, method: Callable, *args: Any, **kwargs: An
         return method(*args, **kwargs)
     named = signature(method).bind(*args, **kwargs).arguments
     given = {**named.pop("kwargs", {}), **named}
-    config = given.get("generation_config")  # what it leaves open is that of the model, as in the library
-    own = {} if config is None else {name: value for name, value in config.to_dict().items() if value is not None}
-    settings = {**model.generation_config.to_dict(), **own, **given}
+    # what a given config leaves open is that of the model, as in the library
+    settings = {**stated(model.generation_config), **stated(given.get("generation_config")), **given}
     _refuse(settings)
-    session.rows = max(settings.get("num_beams") or 1, settings.get("num_return_sequences") or 1)
+    session.beams = max(settings.get("num_beams") or 1, settings.get("num_return_sequences") or 1)
     session.generating, session.prompts = True, 0
     try:
         session.begin()
         return method(*args, **kwargs)
     finally:
-        session.generating, session.rows, session.read = False, 1, True
+        session.generating, session.beams, session.read = False, 1, True
+
+
+def stated(config: GenerationConfig | None) -> dict[str, Any]:
+    """What a generation config says; what it leaves open is not in it."""
+    return {} if config is None else {name: value for name, value in config.to_dict().items() if value is not None}
 
 
 def _refuse(settings: dict[str, Any]) -> None:
@@ -256,11 +261,6 @@ def check_checkpointing(model: PreTrainedModel) -> None:
             )
 
 
-@contextmanager
-def plain_arithmetic(device: torch.device) -> Iterator[None]:
+def plain_arithmetic(device: torch.device) -> AbstractContextManager:
     """Arithmetic in the dtypes of its tensors, also inside torch.autocast."""
-    if not torch.is_autocast_enabled(device.type):
-        yield
-        return
-    with torch.autocast(device.type, enabled=False):
-        yield
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()

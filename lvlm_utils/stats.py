@@ -4,7 +4,7 @@ Answers about one picture are not independent: a naive paired test rejects a tru
 here is clustered by picture. Each result carries n, the number of clusters, its interval and the name of its test.
 """
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -51,7 +51,7 @@ def proportion(values: Sequence[float], clusters: Sequence) -> Estimate:
     _, code = np.unique(clusters, return_inverse=True)
     m = code.max() + 1
     if m == n:
-        return Estimate(**{**vars(wilson(values.sum(), n)), "clusters": m})
+        return replace(wilson(values.sum(), n), clusters=m)
     test = "Wilson, clustered"
     if m == 1:  # one cluster says nothing about the spread between clusters
         return Estimate(p, np.nan, np.nan, n, test, m)
@@ -65,14 +65,14 @@ def proportion(values: Sequence[float], clusters: Sequence) -> Estimate:
     return Estimate(p, float(low), float(high), n, test, m)
 
 
-def accuracy(results: pd.DataFrame, by: str | Sequence[str] = (), cluster: str = CLUSTER) -> pd.DataFrame:
+def accuracy(results: pd.DataFrame, by: str | Sequence[str] = ()) -> pd.DataFrame:
     """One row per group: n, clusters, accuracy, low, high (clustered, see `proportion`), wilson_low, wilson_high (as if
     independent), yes_rate (among parsed answers), unparsed and errors (counts; both are wrong answers here), test."""
     by, rows = [by] if isinstance(by, str) else list(by), []
     groups = results.groupby(by, sort=False, dropna=False) if by else [((), results)]
     for key, group in groups:
         correct = _numbers(group, "correct")
-        estimate, naive = proportion(correct, group[cluster]), wilson(correct.sum(), len(group))
+        estimate, naive = proportion(correct, group[CLUSTER]), wilson(correct.sum(), len(group))
         failed = group["error"].notna() if "error" in group else pd.Series(False, group.index)
         answered = group["parsed"].astype(bool) if "parsed" in group else group["answer"].isin(["yes", "no"])
         rows.append({**dict(zip(by, key)), "n": estimate.n, "clusters": estimate.clusters, "accuracy": estimate.value,
@@ -82,8 +82,7 @@ def accuracy(results: pd.DataFrame, by: str | Sequence[str] = (), cluster: str =
     return pd.DataFrame(rows)
 
 
-def paired(results_a: pd.DataFrame, results_b: pd.DataFrame, cluster: str = CLUSTER, value: str = "correct"
-           ) -> Estimate:
+def paired(results_a: pd.DataFrame, results_b: pd.DataFrame, value: str = "correct") -> Estimate:
     """Mean of `value` in b minus a on the same samples (matched by "sample").
 
     Interval and p come from the mean of the differences with cluster-robust variance and t over the clusters. With one
@@ -101,34 +100,33 @@ def paired(results_a: pd.DataFrame, results_b: pd.DataFrame, cluster: str = CLUS
                          f"{len(set(b.index) - set(a.index))} only in b, {len(set(a.index) & set(b.index))} in both")
     b = b.loc[a.index]
     before, after = _numbers(a, value), _numbers(b, value)
-    _, code = np.unique(a[cluster].to_numpy(), return_inverse=True)
+    _, code = np.unique(a[CLUSTER].to_numpy(), return_inverse=True)
     difference, n, m = after - before, len(a), int(code.max() + 1)
     mean = float(difference.mean())
     if m < 2:
-        raise ValueError(f"only {m} cluster ({cluster}): nothing can be said about other ones")
+        raise ValueError(f"only {m} cluster ({CLUSTER}): nothing can be said about other ones")
     if np.ptp(difference) == 0:  # no variance to estimate: the sign test over clusters is exact
         p = 1.0 if mean == 0 else 2 * 0.5**m
-        return Estimate(mean, mean, mean, n, f"sign test over {cluster}, all differences equal", m, p)
+        return Estimate(mean, mean, mean, n, f"sign test over {CLUSTER}, all differences equal", m, p)
     fit = sm.OLS(difference, np.ones(n)).fit(cov_type="cluster", cov_kwds={"groups": code}, use_t=True)
     low, high = fit.conf_int(1 - LEVEL)[0]
-    p, test = float(fit.pvalues[0]), f"paired, clustered by {cluster}"
+    p, test = float(fit.pvalues[0]), f"paired, clustered by {CLUSTER}"
     if m == n and set(np.unique([before, after])) <= {0.0, 1.0}:
         table = [[((before == i) & (after == j)).sum() for j in (1, 0)] for i in (1, 0)]
         p, test = float(mcnemar(table, exact=True).pvalue), "paired, McNemar exact"
     return Estimate(mean, float(low), float(high), n, test, m, p)
 
 
-def trend(results: pd.DataFrame, x: str = "length", y: str = "correct", cluster: str = CLUSTER, per: float = 1000
-          ) -> Estimate:
-    """Slope of the log-odds of `y` per 1,000 of `x` (tokens): logistic regression with cluster-robust variance.
+def trend(results: pd.DataFrame, y: str = "correct") -> Estimate:
+    """Slope of the log-odds of `y` per 1,000 tokens of `length`: logistic regression with cluster-robust variance.
 
-    NaN with the reason in `test` when all answers are alike or x does not vary: there is no slope to fit.
+    NaN with the reason in `test` when all answers are the same or the length does not vary: there is no slope to fit.
     """
-    values, code = _numbers(results, y), np.unique(results[cluster].to_numpy(), return_inverse=True)[1]
-    n, m, test = len(results), int(code.max() + 1), f"logit, clustered by {cluster}"
-    distances = results[x].to_numpy(dtype=float) / per
+    values, code = _numbers(results, y), np.unique(results[CLUSTER].to_numpy(), return_inverse=True)[1]
+    n, m, test = len(results), int(code.max() + 1), f"logit, clustered by {CLUSTER}"
+    distances = results["length"].to_numpy(dtype=float) / 1000
     if np.ptp(values) == 0 or np.ptp(distances) == 0 or m < 3:
-        why = "all answers alike" if np.ptp(values) == 0 else f"{x} does not vary" if m > 2 else f"{m} clusters"
+        why = "all answers alike" if np.ptp(values) == 0 else "length does not vary" if m > 2 else f"{m} clusters"
         return Estimate(np.nan, np.nan, np.nan, n, f"{test}: no slope, {why}", m, np.nan)
     model = sm.GLM(values, sm.add_constant(distances), family=sm.families.Binomial())
     fit = model.fit(cov_type="cluster", cov_kwds={"groups": code}, use_t=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from transformers import BatchFeature
+from transformers import BatchFeature, PreTrainedModel
 
 from lvlm_utils.families import visual_ids
 from lvlm_utils.models import LVLM
@@ -69,6 +69,11 @@ class Rendered:
         return Rendered(text, spans, pictures)
 
 
+def is_visual(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Which of the token ids are placeholders of pictures and videos: bool, of the shape of `ids`."""
+    return torch.isin(ids, torch.tensor(visual_ids(model), dtype=torch.long, device=ids.device))
+
+
 def inside(offsets: Tensor, span: tuple[int, int] | None) -> Tensor:
     """Which tokens, given as character offsets (..., tokens, 2), end inside the half-open `span`.
 
@@ -81,7 +86,7 @@ def inside(offsets: Tensor, span: tuple[int, int] | None) -> Tensor:
 def token_groups(lvlm: LVLM, inputs: BatchFeature, offsets: Tensor, rendered: Sequence[Rendered]) -> TokenGroups:
     """Groups of a left-padded batch from the offsets (batch, tokens, 2) of its tokens in the expanded texts."""
     real = inputs["attention_mask"].bool()
-    visual = torch.isin(inputs["input_ids"], torch.tensor(visual_ids(lvlm.model), dtype=torch.long)) & real
+    visual = is_visual(lvlm.model, inputs["input_ids"]) & real
     text = real & ~visual
     context, question = (
         torch.stack([inside(o, r.spans.get(name)) for o, r in zip(offsets, rendered, strict=True)]) & text

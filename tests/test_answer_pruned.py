@@ -17,7 +17,7 @@ from lvlm_utils import evaluate, methods
 from lvlm_utils.prefix import clusters
 from lvlm_utils.pruning.engine import Continuation
 from lvlm_utils.results import MEASURED
-from lvlm_utils.session import told
+from lvlm_utils.session import with_groups
 
 BOTH = [LastRow(keep=0.5, layer=1), Unasked(drop=0.4)]
 
@@ -277,7 +277,7 @@ def test_only_the_latest_prompt_can_be_continued(tiny, images):
         torch.testing.assert_close(tiny.model(input_ids=row, past_key_values=fresh).logits[:, -1].expand(2, -1), said)
         with pytest.raises(ValueError, match="Only the latest"):
             Continuation(tiny.model, cache, 2)
-        with told(tiny.model, pair.groups), pytest.raises(ValueError, match="a single one"):
+        with with_groups(tiny.model, pair.groups), pytest.raises(ValueError, match="a single one"):
             Continuation(tiny.model, tiny.model(**pair.inputs).past_key_values, 2)
     with pytest.raises(ValueError, match="has ended"):
         tiny.model(input_ids=two[0], past_key_values=go_on.cache)

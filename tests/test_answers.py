@@ -1,7 +1,9 @@
 """What a row of lv.answer says: greedy decoding, failures, labels, replies, and columns that mean one thing."""
 
 import json
+import os
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -184,6 +186,19 @@ def test_cells_that_are_no_text_are_rows(tiny, images):
     with pytest.warns(UserWarning, match="3 of 4 rows failed"):
         found = ask(tiny, samples)
     assert found["error"].notna().tolist() == [False, True, True, True]
+
+
+def test_text_and_file_names_that_are_no_unicode_end_no_run(tiny, images, tmp_path):
+    """Bytes that nobody could decode are lone surrogates in Python, which parquet cannot hold."""
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))
+    path.write_bytes(Path(images[0]).read_bytes())
+    samples = samples_of(images[0], question=[MATCHING, "Is it?"]).astype(object)
+    samples.at[0, "image"], samples.at[1, "question"] = path, "Is the \udc80 in it?"
+    with pytest.warns(UserWarning, match="1 of 2 rows failed"):
+        first = ask(tiny, samples, out=tmp_path / "out.parquet")
+    assert first["error"].notna().tolist() == [False, True]
+    with pytest.warns(UserWarning, match="1 of 2 rows failed"):
+        same(ask(tiny, samples, out=tmp_path / "out.parquet"), first)
 
 
 def test_an_interruption_is_no_failure(tiny, images, monkeypatch):

@@ -12,7 +12,7 @@ from PIL import Image
 import lvlm_utils as lv
 from lvlm_utils.methods import LTP, Context, Method, Random, SpAtten, context, fitted, ltp, prune, random, spatten
 from lvlm_utils.pruning.engine import Tokens
-from lvlm_utils.session import told
+from lvlm_utils.session import with_groups
 
 SENTENCES = (
     "The room is quiet.", "Two books lie on the table!", "There is a red chair beside the plant.", "What do you see?",
@@ -279,7 +279,7 @@ def test_a_bare_call_has_to_know_the_groups():
     for name in ("question", "sentence", "auto", "received", "spatten", "ltp", "random text"):
         with prune(lvlm(), METHODS[name]), pytest.raises(ValueError, match="lv.generate"):
             lvlm().model(**prompt.inputs)
-        with prune(lvlm(), METHODS[name]) as trace, torch.no_grad(), told(lvlm().model, prompt.groups):
+        with prune(lvlm(), METHODS[name]) as trace, torch.no_grad(), with_groups(lvlm().model, prompt.groups):
             lvlm().model(**prompt.inputs)
         assert torch.equal(trace.kept, kept("llava", prompt, METHODS[name])), name
     with prune(lvlm(), METHODS["unprotected"]), pytest.raises(ValueError, match="question"):

@@ -24,7 +24,7 @@ from lvlm_utils.methods import (
     visionzip,
 )
 from lvlm_utils.models import EMBEDDED
-from lvlm_utils.session import told
+from lvlm_utils.session import with_groups
 
 GOLDEN = ROOT / "tests" / "golden"
 QUESTIONS = ["Is the couch in the image? (Please answer with yes or no.)", "What do you see?", "Is the sun there?"]
@@ -270,7 +270,7 @@ def logits(lvlm, prompt, steps=3):
 def pruned(method, name="tiny-llava", options=None, steps=3):
     lvlm, prompt = example(name)
     options = OPTIONS[method] if options is None else options
-    with prune(lvlm, method(**options)) as trace, told(lvlm.model, prompt.groups):
+    with prune(lvlm, method(**options)) as trace, with_groups(lvlm.model, prompt.groups):
         return *logits(lvlm, prompt, steps), trace.kept[0].clone()
 
 
@@ -372,7 +372,7 @@ def test_a_batch_is_its_rows(method, name):
     for row in range(3):
         alone = lv.prompt(lvlm, noise(row), question=QUESTIONS[row])
         with prune(lvlm, method(**OPTIONS[method])) as trace:
-            with told(lvlm.model, alone.groups):
+            with with_groups(lvlm.model, alone.groups):
                 _, found = logits(lvlm, alone)
         assert (found[0, 0] - together[row, 0]).abs().max() < 1e-3
         everything = prompt.inputs["attention_mask"][row].sum()

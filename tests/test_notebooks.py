@@ -9,6 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from importlib import import_module
+from types import ModuleType
 
 import nbformat
 import pytest
@@ -85,6 +88,47 @@ def test_no_machine_paths(path):
 @each_notebook
 def test_small_file(path):
     assert path.stat().st_size <= runner.LIMIT
+
+
+def names_of_ours(source):
+    """Every dotted name in `source` that begins with `lv` or with what is imported from lvlm_utils, as text."""
+    tree, known = ast.parse(source), {"lv": "lvlm_utils"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lvlm_utils"):
+            known |= {one.asname or one.name: f"{node.module}.{one.name}" for one in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute | ast.Name):
+            first, _, rest = ast.unparse(node).partition(".")
+            if first in known and rest.replace(".", "a").isidentifier() | (not rest):
+                yield f"{known[first]}.{rest}".rstrip(".")
+
+
+def resolved(name):
+    """What a dotted name means; AttributeError where a module or a class has no such name."""
+    found = import_module("lvlm_utils")
+    for part in name.split(".")[1:]:
+        if not isinstance(found, type | ModuleType):
+            return found  # what an object has is known when it is there
+        with suppress(ModuleNotFoundError):
+            import_module(f"{getattr(found, '__name__', '')}.{part}")
+        found = getattr(found, part)
+    return found
+
+
+@each_notebook
+def test_names_of_the_package_are_there(path):
+    """A notebook is not executed by the tests, but a name that the package has no more is seen."""
+    names = {name for cell in code_cells(path) for name in names_of_ours(cell.source)}
+    assert names
+    for name in sorted(names):
+        resolved(name)
+
+
+def test_names_that_are_gone_are_seen():
+    names = set(names_of_ours("import lvlm_utils as lv\nlv.pruning.Plan(1).x\nfrom lvlm_utils.session import joined"))
+    assert names == {"lvlm_utils", "lvlm_utils.pruning", "lvlm_utils.pruning.Plan"}
+    with pytest.raises(AttributeError, match="Plan"):
+        resolved("lvlm_utils.pruning.Plan")
 
 
 @each_notebook

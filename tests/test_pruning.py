@@ -14,7 +14,7 @@ from lvlm_utils.attention.intercept import WATCHED
 from lvlm_utils.families import decoder_of
 from lvlm_utils.methods import context, fastv, prune
 from lvlm_utils.pruning.engine import stage_of
-from lvlm_utils.session import OPEN, told
+from lvlm_utils.session import OPEN, with_groups
 
 RECEIVED = {"protect": (), "reading": "received"}  # what needs no groups of tokens
 
@@ -334,8 +334,9 @@ def test_context_in_several_layers_drops_a_share_of_what_is_left(tiny, image):
     with prune(tiny, "context", layers=[0]), pytest.raises(ValueError, match="lv.forward"):
         tiny.model(**prompt.inputs)
     longer = lv.prompt(tiny, image, "One more.", "Is it?")
-    with prune(tiny, "context", layers=[0]), told(tiny.model, groups), pytest.raises(ValueError, match="very prompt"):
-        tiny.model(**longer.inputs)
+    with prune(tiny, "context", layers=[0]), with_groups(tiny.model, groups):
+        with pytest.raises(ValueError, match="very prompt"):
+            tiny.model(**longer.inputs)
 
 
 def test_the_choices_are_functions_on_tensors():

@@ -32,7 +32,8 @@ MAY_IMPORT = {part: {*sum(ORDER[: at + 1], ())} for at, line in enumerate(ORDER)
 MAY_IMPORT["results"] = MAY_IMPORT["models"] | {"?"}  # it reads code, and imports what that names
 for later in ("prefix", "evaluate"):
     MAY_IMPORT[later] |= {"results"}
-MAY_IMPORT |= {"samples": {"results"}, "stats": set(), "figures": set(), "notebooks": set()}
+MAY_IMPORT |= {"samples": {"results"}, "claims": {"stats", "results"}, "stats": set(), "figures": set()}
+MAY_IMPORT["notebooks"] = set()
 FORWARDING = ("lvlm_utils", "lvlm_utils.pruning")  # their __getattr__ imports names when they are first used
 MACHINE_PATH = re.compile(r"(?<![\w.<{$])/(home|root|work|Users|mnt)/\w")
 TEXT = {".py", ".md", ".toml", ".yml", ".txt", ".cff", ".json", ""}

@@ -144,6 +144,31 @@ def test_a_kill_leaves_the_old_file_and_no_part(measured, tmp_path, monkeypatch,
     assert {file: file.read_bytes() for file in (tmp_path / "deep" / "tiny").iterdir()} == before
 
 
+def test_code_may_name_the_repository_and_where_results_go(tmp_path, monkeypatch):
+    """These change with every run, and hold thousands of files; any other folder counts by the bytes in it."""
+    root = tmp_path / "home" / "repository"
+    (root / "results").mkdir(parents=True)
+    (root / "data" / "inner").mkdir(parents=True)
+    monkeypatch.setattr(lv, "ROOT", root)
+    monkeypatch.setattr(results, "ROOT", root)
+    home, cache, data = root.parent, root / "results" / "mine", root / "data"
+
+    def measure():
+        return lv.ROOT, home, cache
+
+    def read():
+        return data
+
+    before = [results.fingerprint(one) for one in (measure, read)]
+    for place in (root, home, cache):
+        place.mkdir(exist_ok=True)
+        (place / "more").write_text("one more")
+    assert results.fingerprint(measure) == before[0]
+    assert results.fingerprint(read) == before[1]
+    (data / "inner" / "table.csv").write_text("changed")
+    assert results.fingerprint(read) != before[1]
+
+
 def test_a_function_may_call_itself(measured):
     assert measured("a", countdown, 2)["n"] == 0
     measured("a", countdown, 2)

@@ -209,21 +209,6 @@ def test_a_target_is_text_ids_or_one_for_each_row(tiny_gqa, image):
     torch.testing.assert_close(text.loss.float(), -torch.stack([likely[0, yes], likely[1, no]]))
 
 
-def test_any_position_can_be_explained(tiny_gqa, image):
-    """The flow to a token inside the prompt is that of a prompt which ends there."""
-    prompt = lv.prompt(tiny_gqa, image, text_of(20), "Is it?")
-    tokens = prompt.inputs["input_ids"].shape[1]
-    found = information_flow(tiny_gqa, prompt, 70, position=-9)
-    assert torch.equal(found.groups, information_flow(tiny_gqa, prompt, 70, position=tokens - 9).groups)
-    for name in ("input_ids", "attention_mask"):
-        prompt.inputs[name] = prompt.inputs[name][:, :-8]
-    for name, mask in vars(prompt.groups).items():
-        setattr(prompt.groups, name, mask[:, :-8])
-    wanted = information_flow(tiny_gqa, prompt, 70)
-    torch.testing.assert_close(found.groups, wanted.groups, rtol=1e-4, atol=1e-7)
-    assert torch.equal(found.pairs, wanted.pairs) and torch.equal(found.tokens, wanted.tokens)
-
-
 def test_a_sure_answer_keeps_its_digits():
     """Of 1 - p = 5e-6 float32 has hardly two digits; the reference is the same model in float64."""
     lvlm = processors.lvlm("llava")
@@ -244,9 +229,6 @@ def test_targets_that_cannot_be_are_refused(tiny, image):
         ({"target": ""}, "cannot be cut off"),
         ({"target": ()}, "neither text nor ids"),
         ({"target": 10**6}, "neither text nor ids"),
-        ({"position": 0}, "not a token of every prompt"),
-        ({"position": 10**6}, "not a token of every prompt"),
-        ({"target": (5, 6), "position": -2}, "several tokens"),
         ({"absolute": "both"}, "not one of inside, outside"),
         ({"pruned": torch.ones(2, 3, dtype=torch.bool)}, "pruned has to be bool"),
     ):

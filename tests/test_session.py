@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache
 
 import lvlm_utils as lv
 from lvlm_utils.methods import Method, PictureMethod
-from lvlm_utils.session import told
+from lvlm_utils.session import with_groups
 
 EVERY = ("received", "last", "groups", "entropy", "variance", "received_from", "equi")
 
@@ -463,7 +463,7 @@ def test_gradient_checkpointing_changes_no_gradient(family, method):
     model, prompt = copy.deepcopy(lvlm.model), prompt_of(lvlm)
 
     def watched():
-        return [lv.observe(model), lv.prune(model, method()), told(model, prompt.groups)]
+        return [lv.observe(model), lv.prune(model, method()), with_groups(model, prompt.groups)]
 
     wanted = gradients(model, prompt.inputs, watched)
     model.train()

@@ -190,8 +190,8 @@ def one_each(keep, have):
     return torch.ones_like(have)
 
 
-def narrowed(before, keep, last, *rest, real=engine._narrowed):
-    return real(before, keep | last, last, *rest)
+def narrowed(tokens, keep, *others, real=engine._narrowed):
+    return real(tokens, keep | tokens.last, *others)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Attention with all visual keys at one position ("equi last attention", VisPruner Sec. 3.3): how keys must be turned.
+"""The last token's attention, also with all visual keys at one position ("equi last attention", VisPruner Sec. 3.3).
 
 The paper gives every visual token the same position embedding and does not say which. Its code (`equi_position_ids` in
 `fastv_kvcache.py`) numbers the prompt as if there were a single visual token: the visual ones share the place of the
@@ -6,11 +6,13 @@ first, and the text after them follows at once. The same here, for any number of
 Rotary attention depends on distances only, so the last token may keep its place, and everything before it moves up.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
 from lvlm_utils.attention.intercept import Call
-from lvlm_utils.attention.streaming import Turn
+from lvlm_utils.attention.streaming import Turn, attention_row
 from lvlm_utils.attention.visibility import Visibility
 
 
@@ -27,15 +29,33 @@ def equi_positions(positions: Tensor, visual: Tensor) -> Tensor:
     return torch.where(visual.any(-1, keepdim=True), positions[..., -1:] - distance, positions)
 
 
-def positions_of(kwargs: dict, batch: int, tokens: int, device: torch.device) -> Tensor:
-    """Positions by which a decoder called so turns its keys: (batch or 1, tokens), on a grid one for each axis."""
+def positions_of(kwargs: dict, x: Tensor) -> Tensor:
+    """Positions by which a decoder that reads `x` (batch, tokens, ...) turns its keys: (batch or 1, tokens), on a grid
+    one for each axis."""
     given = kwargs.get("position_ids")
     if given is None:
-        return torch.arange(tokens, device=device).expand(batch, -1)
+        return torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
     return given[-3:] if given.dim() == 3 else given  # a grid may have the text's own positions in front
 
 
-def equi_turn(
+def last_rows(
+    call: Call, view: Visibility, wanted: Collection[str], rotary: nn.Module, positions: Tensor, angles: Turn,
+    visual: Tensor | None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The row of every prompt's last token (batch, heads, tokens), as "last" and as "equi", if these are `wanted`.
+
+    The arguments after `wanted` are those of `_turn`, and only "equi" needs them.
+    """
+    last, found = view.last(len(call.query)), {}
+    if "last" in wanted:
+        found["last"] = attention_row(call.query, call.key, call.scale, view, last)
+    if "equi" in wanted:
+        turn = _turn(call, view, rotary, positions, angles, visual)
+        found["equi"] = attention_row(call.query, call.key, call.scale, view, last, turn)
+    return found
+
+
+def _turn(
     call: Call, view: Visibility, rotary: nn.Module, positions: Tensor, angles: Turn, visual: Tensor | None
 ) -> Turn:
     """Cosine and sine (batch, tokens, rotated width) of the rotation that moves the keys of `call` to equi positions.

@@ -52,13 +52,8 @@ class Call:
         return [replace(self, query=q, key=k, value=v, output=o, lengths=None) for q, k, v, o in parts]
 
 
-@dataclass(frozen=True, eq=False)
-class _Watcher:
-    see: Callable[[Call], None]
-    thread: int
-
-
-WATCHED: "WeakKeyDictionary[nn.Module, tuple[_Watcher, ...]]" = WeakKeyDictionary()  # module -> who watches it
+Watcher = tuple[Callable[[Call], None], int]  # what sees the calls, and in which thread
+WATCHED: "WeakKeyDictionary[nn.Module, tuple[Watcher, ...]]" = WeakKeyDictionary()  # module -> who watches it
 
 
 @contextmanager
@@ -68,7 +63,7 @@ def intercept(see: Callable[[Call], None], *modules: nn.Module) -> Iterator[None
     Contexts may end in any order. NotImplementedError where the scores of a call are bent (soft cap, sink, bias), or a
     window is not in its mask.
     """
-    watcher = _Watcher(see, threading.get_ident())
+    watcher = see, threading.get_ident()
     parts = dict.fromkeys(part for module in modules for part in module.modules())
     with LOCK:
         for part in parts:
@@ -98,13 +93,13 @@ class _Shown:
     def __call__(self, module, query, key, value, attention_mask, *args, **kwargs):
         run = self.function or _eager(module)
         out = run(module, query, key, value, attention_mask, *args, **kwargs)
-        thread = threading.get_ident()
-        watchers = [one for one in WATCHED.get(module, ()) if one.thread == thread]
-        if watchers:
+        here = threading.get_ident()
+        watching = [see for see, thread in WATCHED.get(module, ()) if thread == here]
+        if watching:
             call = _call(module, query, key, value, attention_mask, out[0], kwargs)
             with plain_arithmetic(query.device):
-                for watcher in watchers:
-                    watcher.see(call)
+                for see in watching:
+                    see(call)
         return out
 
 

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lvlm_utils.attention.equi import equi_turn, positions_of
+from lvlm_utils.attention.equi import last_rows, positions_of
 from lvlm_utils.attention.intercept import Call, intercept
-from lvlm_utils.attention.streaming import STREAMED, attention_row, stream
+from lvlm_utils.attention.streaming import STREAMED, stream
 from lvlm_utils.attention.towers import OBSERVED, Towers
 from lvlm_utils.attention.visibility import Views
-from lvlm_utils.families import decoder_of, visual_ids
+from lvlm_utils.families import decoder_of
 from lvlm_utils.models import LVLM, bare
-from lvlm_utils.session import Session, is_prompt, joined
-from lvlm_utils.token_groups import PARTITION, TokenGroups
+from lvlm_utils.session import Session, is_prompt, joined, read_by
+from lvlm_utils.token_groups import PARTITION, TokenGroups, is_visual
 
 STATISTICS = ("received", "last", "groups", "entropy", "variance", "received_from", "equi", "hidden")
 BY_GROUP = {"groups", "received_from"}
@@ -33,7 +33,8 @@ class Seen:
     received_from (..., G, tokens): column sums over the queries of each group in `group_names`.
     groups (..., G, G): sums of A over the queries of one group and the keys of another, [query group, key group].
     last (..., tokens): the row of the last token, whose prediction is the answer.
-    equi (..., tokens): that row, if all visual keys stood at one position and everything else next to it.
+    equi (..., tokens): the last token's row as if the picture were one token: all visual keys share one position, and
+        the text goes on right after it.
     entropy (..., tokens): of row i, -sum_j A_ij ln A_ij, in nats; 0 for padding.
     variance (..., tokens): of A_ij over the keys j that query i sees; 0 for padding.
     cls (..., tokens): only in towers with a [CLS] token: its row, over [CLS] itself (the first) and the patches.
@@ -116,16 +117,17 @@ def observe(
 
     lvlm: what lv.load returns, or a bare transformers model.
     groups: `prompt.groups` (then system, visual, context and question are meant), or name -> bool (batch, tokens).
-    statistics: which of STATISTICS; only these are computed. None: the first five, "groups" only if there are some.
+    statistics: any of "received", "last", "groups", "entropy", "variance" (by default these five, "groups" only if
+        groups are given), "received_from", "equi", "hidden". Only what is asked for is computed.
     vision: also observe the towers: "received", "entropy" and "variance" as far as asked for, and always the [CLS] row.
     device: where results go once a forward pass is through.
 
-    Works around `model(...)` and `generate(...)`. Seen is the latest prompt, that is the latest forward pass with an
-    empty cache, not the decode steps (a last token that is read alone is taken for one). Padding counts nowhere. Memory
-    is linear in the tokens, and sums are float32 in bfloat16 and float16 models and under autocast too. Raises
-    ValueError for unknown names, for groups of another prompt and for a prompt that is read in pieces or by assisted
-    decoding; NotImplementedError for masks that cannot be read (flex attention) and scores with additions (soft caps,
-    sinks).
+    Works around `model(...)` and `generate(...)`. Seen is the latest prompt: the latest forward pass with an empty
+    cache. Decode steps are ignored, and so is a last token that is read alone after the rest of its prompt, because it
+    looks like one. Padding is ignored everywhere. Memory is linear in the tokens, and sums are float32 in bfloat16 and
+    float16 models and under autocast too. Raises ValueError for unknown names, for groups of another prompt and for a
+    prompt that is read in pieces or by assisted decoding; NotImplementedError for masks that cannot be read (flex
+    attention) and scores with additions (soft caps, sinks).
     """
     model = bare(lvlm)
     masks = {} if groups is None else _masks(groups)
@@ -182,32 +184,27 @@ class _Observer:
     def new_prompt(self) -> None:
         self.seen.take({})
         self.seen.towers.clear()
-        if self.towers is not None:
-            self.towers.new_prompt()
 
     def _start(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
-        x = kwargs.get("inputs_embeds")
-        x = x if x is not None else kwargs.get("input_ids", args[0] if args else None)
+        x = read_by(args, kwargs)
         if not is_prompt(kwargs):
             self.layers = None
             if x.shape[1] > 1:
                 raise ValueError("A prompt that is read in pieces cannot be observed: give it to the model as a whole.")
             return
         self.layers, self.views = {}, Views()
-        self.positions = positions_of(kwargs, *x.shape[:2], x.device)
+        self.positions = positions_of(kwargs, x)
         self.hidden: list[Tensor] = []
         ids = self.session.ids
         if self.visual is not None:
-            self.at = self._rows(self.visual, len(x))
-        elif ids is not None:
-            self.at = torch.isin(ids, torch.tensor(visual_ids(self.model), device=ids.device))
+            self.visual_now = self._for_beams(self.visual, len(x))
         else:
-            self.at = None
+            self.visual_now = None if ids is None else is_visual(self.model, ids)
 
-    def _rows(self, masks: Tensor, batch: int) -> Tensor:
+    def _for_beams(self, masks: Tensor, batch: int) -> Tensor:
         """Masks of every prompt, once for each of its rows in the batch."""
-        rows = self.session.rows
-        return masks.repeat_interleave(rows, 0) if rows > 1 and len(masks) * rows == batch else masks
+        beams = self.session.beams
+        return masks.repeat_interleave(beams, 0) if len(masks) * beams == batch else masks
 
     def _before_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.layers is None:
@@ -221,7 +218,7 @@ class _Observer:
         batch, _, tokens, _ = call.query.shape
         view, groups = self.views.of(call), None
         if self.groups is not None:
-            groups = self._rows(self.groups, batch).to(call.query.device)
+            groups = self._for_beams(self.groups, batch).to(call.query.device)
             if groups.shape[:2] != (batch, tokens):
                 raise ValueError(
                     f"The groups are of {tuple(groups.shape[:2])} (prompts, tokens), the attention is of "
@@ -229,13 +226,10 @@ class _Observer:
                 )
         values = stream(call.query, call.key, call.scale, view, self.wanted & {*STREAMED}, groups)
         values["seers"] = view.seers[:, None].expand(batch, -1, -1)
-        last = view.last(batch)
-        if "last" in self.wanted:
-            values["last"] = attention_row(call.query, call.key, call.scale, view, last)
-        if "equi" in self.wanted:
-            turn = equi_turn(call, view, self.decoder.rotary_emb, self.positions, self.angles, self.at)
-            values["equi"] = attention_row(call.query, call.key, call.scale, view, last, turn)
-        self.layers[number] = values
+        rotary = self.decoder.rotary_emb
+        self.layers[number] = values | last_rows(
+            call, view, self.wanted, rotary, self.positions, self.angles, self.visual_now
+        )
 
     def _finish(self, decoder: nn.Module, args: tuple, output: object) -> None:
         layers = [self.layers[n] for n in sorted(self.layers)] if self.layers else []

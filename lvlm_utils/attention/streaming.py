@@ -35,7 +35,7 @@ def attention_row(
     dtype = torch.promote_types(query.dtype, torch.float32)
     batch, _, tokens, width = query.shape
     row = query[torch.arange(batch, device=query.device), :, at].to(dtype) * scale
-    row = row.view(batch, key.shape[1], -1, width)  # heads that share a key head stand together
+    row = row.view(batch, key.shape[1], -1, width)  # heads that share a key head are neighbours
     scores = row.new_empty(*row.shape[:3], tokens)
     for head in range(key.shape[1]):  # one by one, so that the keys are never copied as a whole
         keys = key[:, head, :tokens].to(dtype)
@@ -82,7 +82,7 @@ def stream(
         weights = torch.cat(weights, 2).transpose(1, 2)[:, None]
         weights = weights if view.real is None else weights * view.real[:, None, None]
         columns = zeros[:, :, None].repeat(1, 1, weights.shape[2], 1)
-    parts = view.parts if {"received", "entropy", "variance"} & set(wanted) else view.asked(groups.any(2))
+    parts = view.parts if {"received", "entropy", "variance"} & set(wanted) else view.parts_with(groups.any(2))
     for (prompts, some, rows), block, scores, attention in _blocks(query, key, scale, view, parts, dtype):
         if columns is not None:
             of_rows = weights[prompts, :, :, rows].expand(-1, scores.shape[1], -1, -1).flatten(0, 1)
@@ -171,7 +171,7 @@ def pair_sums(
     blocks = [(n, block) for part in view.parts for n in range(part.start, part.stop) for block in part.blocks]
     for prompt, block in blocks:
         rows, keys = slice(block.top, block.bottom), slice(block.first, block.end)
-        # heads that share a key head stand one below the other: (key heads, heads x queries, width)
+        # heads that share a key head come one after the other: (key heads, heads x queries, width)
         queries = query[prompt, :, rows].to(dtype).mul(scale).reshape(key.shape[1], -1, width)
         scores = (queries @ key[prompt, :, keys].to(dtype).mT).view(heads, -1, block.end - block.first)
         visible = view.visible(block.top, block.bottom, slice(block.mixed, block.end), slice(prompt, prompt + 1))

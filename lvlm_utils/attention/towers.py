@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from lvlm_utils.attention.intercept import Call, intercept
 from lvlm_utils.attention.streaming import attention_row, scores_of, stream
-from lvlm_utils.attention.visibility import Views
+from lvlm_utils.attention.visibility import Views, Visibility
 from lvlm_utils.families import family_of, towers_of
 from lvlm_utils.models import LVLM, bare
 from lvlm_utils.session import Session
@@ -57,7 +57,7 @@ class Picture:
     registers, which come first, where the tower has them. sums, entropy and variance (heads, T) are those of `stream`,
     over all tokens.
     features: what goes into the projector, one row for each of its tokens, where pictures come to it one by one.
-    size: N. merged: whether patches stand together as they are merged (the packed towers), or in reading order.
+    size: N. merged: whether the patches of a token follow each other (the packed towers), or all are in reading order.
     source: where a method merges patches inside the tower, which of its tokens each became part of, (N,).
     """
 
@@ -90,6 +90,8 @@ class Towers:
                 _Tower(self, name, tower, sees)
         if not whole:
             self.hooks.callback(session.hook(session.model.get_submodule(family.projector), self._features))
+        session.parts.append(self)
+        self.hooks.callback(session.parts.remove, self)
 
     def new_prompt(self) -> None:
         self.pictures = []
@@ -148,24 +150,18 @@ class _Tower:
         streamed = {name: one for name, one in OBSERVED.items() if name in names}
         values = stream(call.query, call.key, call.scale, view, set(streamed.values()))
         found = {name: values[one] for name, one in streamed.items()}
-        if "seers" in names:
-            found["seers"] = view.seers[:, None].expand(batch, -1, -1)
+        found |= {"keys": call.key, "query": call.query[:, :, 0], "seers": view.seers[:, None].expand(batch, -1, -1)}
         if "cls" in names:
             found["cls"] = attention_row(call.query, call.key, call.scale, view, first)
         if {"received", "given"} & names:
-            between = dict(zip(("received", "given"), self._between_patches(call)))
-            found |= {name: value for name, value in between.items() if name in names}
-        if "keys" in names:
-            found["keys"] = call.key
-        if "query" in names:
-            found["query"] = call.query[:, :, 0]
-        return found
+            found["received"], found["given"] = self._between_patches(call, view)
+        return {name: value for name, value in found.items() if name in names}
 
     @torch.no_grad()
-    def _between_patches(self, call: Call) -> tuple[Tensor, Tensor]:
-        """received and given; a few pictures at a time, so that memory is bounded for many tiles."""
+    def _between_patches(self, call: Call, view: Visibility) -> Tensor:
+        """received and given (2, ...); a few pictures at a time, so that memory is bounded for many tiles."""
         pictures, heads, tokens, _ = call.query.shape
-        view, skip = self.views.of(call), self.before
+        skip = self.before
         step = max(1, scores_of(call.query.device) // (heads * tokens * tokens))
         key = call.key.repeat_interleave(heads // call.key.shape[1], 1).float()
         parts = []
@@ -175,8 +171,7 @@ class _Tower:
             hidden = ~view.visible(0, tokens, prompts=some)[:, None]
             between = scores.masked_fill_(hidden, -torch.inf).softmax(-1).nan_to_num_()[..., skip:, skip:]
             parts.append(torch.stack([between.mean(2), between.mean(3)]))
-        received, given = torch.cat(parts, 1)
-        return received, given
+        return torch.cat(parts, 1)
 
     def _finish(self, tower: nn.Module, args: tuple, output: Any) -> None:
         calls, self.calls = self.calls, None
@@ -213,7 +208,7 @@ class _Tower:
 
 
 def patch_order(config: PreTrainedConfig, grid: Tensor) -> Tensor | slice:
-    """Where each patch, in the order of the processor, stands in the tower: Qwen2.5-VL sorts them by window."""
+    """Which place each patch, in the order of the processor, has in the tower: Qwen2.5-VL sorts them by window."""
     if not hasattr(config, "fullatt_block_indexes"):
         return slice(None)
     merge = config.spatial_merge_size

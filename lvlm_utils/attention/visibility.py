@@ -4,7 +4,7 @@ Masks are read in blocks of rows and never expanded. A block knows the range of 
 above the causal diagonal and left padding are skipped) and from which key on it has to mask.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,7 +20,6 @@ class Block:
     first: int
     mixed: int
     end: int
-    padded: bool = False  # some of the queries are padding
 
 
 @dataclass(frozen=True)
@@ -72,28 +71,24 @@ class Visibility:
             first = torch.where(some, self.place, self.tokens).amin(1)
             end = torch.where(some, self.place + 1, 0).amax(1)
             mixed = torch.where(~every & (self.place >= first[:, None]), self.place, end[:, None]).amin(1)
-            found.append(torch.stack([first, mixed, end, ~real[-1].all(1)], 1))
+            found.append(torch.stack([first, mixed, end], 1))
         self.real, self.seen, self.seers = torch.cat(real, 1), torch.cat(seen, 1), seers
         self.parts = []
         for row, blocks in enumerate(torch.stack(found, 1).tolist()):
             same = [
-                Block(*edge, first, mixed, end, bool(padded))
-                for edge, (first, mixed, end, padded) in zip(edges, blocks, strict=True)
+                Block(*edge, first, mixed, end)
+                for edge, (first, mixed, end) in zip(edges, blocks, strict=True)
                 if end  # a block of nothing but padding needs no keys
             ]
             joins = self.parts and self.parts[-1].blocks == same
             start = self.parts.pop().start if joins else row
             self.parts.append(Part(start, row + 1, same))
 
-    def asked(self, queries: torch.Tensor) -> list[Part]:
-        """The parts with only those blocks in which one of the `queries`, bool (batch, tokens), stands."""
+    def parts_with(self, queries: torch.Tensor) -> list[Part]:
+        """The parts with only those blocks that have one of the `queries`, bool (batch, tokens)."""
         queries = queries.cpu()
         return [
-            Part(
-                part.start,
-                part.stop,
-                [b for b in part.blocks if queries[part.start : part.stop, b.top : b.bottom].any()],
-            )
+            replace(part, blocks=[b for b in part.blocks if queries[part.start : part.stop, b.top : b.bottom].any()])
             for part in self.parts
         ]
 

@@ -1,7 +1,6 @@
 """Pruning: `lv.prune` runs a method inside any LVLM. A method is a dataclass; each of ours is one file here."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from typing import Any
 
@@ -62,15 +61,13 @@ def fitted(lvlm: LVLM | PreTrainedModel, method: str | Method, **options: Any) -
         raise ValueError(f"A method has its own options: {', '.join(options)} cannot be given with it.")
     check_options(method)
     if method.needs_cls and not has_cls(lvlm):
-        raise ValueError(
-            f"{type(method).__name__} needs a [CLS] token, which this vision tower has not: take vispruner or divprune."
-        )
+        kind = type(method).__name__
+        raise ValueError(f"{kind} needs a [CLS] token, which this vision tower has not: take vispruner or divprune.")
     return method.fit(lvlm)
 
 
-@contextmanager
-def prune(lvlm: LVLM | PreTrainedModel, method: str | Method, **options: Any) -> Iterator[Trace]:
-    """Prune every prompt that the model reads inside the block, by forward or by generate, and yield the trace.
+def prune(lvlm: LVLM | PreTrainedModel, method: str | Method, **options: Any) -> AbstractContextManager[Trace]:
+    """Prune every prompt that the model reads inside the block, by forward or by generate; the block gets the trace.
 
         with lv.prune(lvlm, lv.methods.FastV(keep=0.5)) as trace:
             text = lv.generate(lvlm, prompt)
@@ -79,8 +76,8 @@ def prune(lvlm: LVLM | PreTrainedModel, method: str | Method, **options: Any) ->
     method: a Method, of METHODS or of your own; or the name of one in METHODS, with its fields as `options`.
 
     Blocks nest: the methods act in the order of nesting, and share the trace. Logits of a forward pass are those of the
-    tokens that are left; the last one is always that of the last prompt token. A cache filled inside the block ends
-    with it. ValueError for an unknown name or option, and for everything that cannot be pruned correctly.
+    tokens that are left; the last one is always that of the last prompt token. A cache that was filled inside the block
+    cannot be used after it. ValueError for an unknown name or option, and for everything that cannot be pruned
+    correctly.
     """
-    with pruning(bare(lvlm), fitted(lvlm, method, **options)) as trace:
-        yield trace
+    return pruning(bare(lvlm), fitted(lvlm, method, **options))

@@ -118,15 +118,11 @@ class Context(Method):
 
 
 def _check(drop: float | str, law: Collection[float] | None) -> None:
-    if drop != "auto":
-        if law is not None:
-            raise ValueError('law= says how much drop="auto" drops: give both, or neither.')
-    elif law is None:
-        raise ValueError(
-            'drop="auto" needs law=(a, b, c), fitted to your model: the share dropped is a n^2 + b n + c, with n '
-            "thousand tokens of context (the notebook context_pruning_ablations fits it)."
-        )
-    elif len(law) != 3 or not all(isinstance(x, Real) and isfinite(x) for x in law):
+    if law is None and drop == "auto":
+        raise ValueError('drop="auto" needs law=(a, b, c), fitted as in the notebook context_pruning_ablations.')
+    if law is not None and drop != "auto":
+        raise ValueError('law= says how much drop="auto" drops: give both, or neither.')
+    if law is not None and (len(law) != 3 or not all(isinstance(x, Real) and isfinite(x) for x in law)):
         raise ValueError(f"law={law!r} is not (a, b, c), three numbers.")
 
 
@@ -142,8 +138,6 @@ def _layers(layers: Collection[int] | float | str, depth: int) -> tuple[int, ...
     """Numbers of the layers, ascending. ValueError for what the model does not have, or has nothing after."""
     last = depth - 1
     if isinstance(layers, str):
-        if layers not in THIRDS:
-            raise ValueError(f"layers={layers!r} is not one of {', '.join(THIRDS)}.")
         third = THIRDS.index(layers)
         found = range(third * depth // 3, min((third + 1) * depth // 3, last))
         if not found:
@@ -157,9 +151,7 @@ def _layers(layers: Collection[int] | float | str, depth: int) -> tuple[int, ...
     else:
         raise ValueError(f"layers={layers!r}: give numbers, as [{layers!r}], a share of the depth, or a third.")
     if odd := [layer for layer in found if not isinstance(layer, Integral) or not 0 <= layer < last]:
-        raise ValueError(
-            f"Layer {odd[0]} is out of range: of the model's {depth} layers, 0 to {last - 1} have one after them."
-        )
+        raise ValueError(f"Layer {odd[0]} is out of range: of the model's {depth} layers, 0 to {last - 1} have a next.")
     return tuple(map(int, found))
 
 

@@ -26,7 +26,7 @@ def picks(features: Tensor, number: int) -> Tensor:
     for turn in range(number):
         pick = nearest.argmax(1, keepdim=True)
         order[:, turn] = pick[:, 0]
-        row = distance.gather(1, pick[..., None].expand(-1, -1, distance.shape[2]))[:, 0]
+        row = distance.take_along_dim(pick[..., None], 1)[:, 0]
         nearest = row if turn == 0 else torch.minimum(nearest, row)
         nearest = nearest.scatter(1, pick, -torch.inf)
     return order

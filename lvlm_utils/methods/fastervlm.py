@@ -7,14 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lvlm_utils.methods.vispruner import attention_of
+from lvlm_utils.attention.towers import has_cls
 from lvlm_utils.pruning.engine import PictureMethod, Positions
-from lvlm_utils.pruning.keep import top
-
-
-def select(cls_attention: Tensor, keep: float | int) -> Tensor:
-    """Which patches stay, bool (batch, patches), from the attention of [CLS], (batch, patches), mean over the heads."""
-    return top(cls_attention, keep)
+from lvlm_utils.pruning.keep import top as select  # which patches stay, by the attention of [CLS] (batch, patches)
+from lvlm_utils.pruning.pictures import Pictures
 
 
 @dataclass
@@ -36,11 +32,15 @@ class FasterVLM(PictureMethod):
     )
 
     def fit(self, lvlm):
-        return self.filled(seen=attention_of(lvlm))
+        return self.filled(seen={"cls": -2} if has_cls(lvlm) else {"received": -1})
 
     def sees(self):
         return self.seen
 
-    def pick(self, pictures):
+    def attention(self, pictures: Pictures) -> Tensor:
+        """What every patch gets, (P, V), mean over the heads."""
         [name] = self.seen
-        return select(pictures.seen(name).mean(1), self.keep)
+        return pictures.seen(name).mean(1)
+
+    def pick(self, pictures):
+        return select(self.attention(pictures), self.keep)

@@ -17,7 +17,7 @@ from lvlm_utils.pruning.keep import everything, top
 def select(last_attention: Tensor, keep: float | int) -> Tensor:
     """Which visual tokens stay, bool (batch, visual), from the last query's attention (batch, heads, visual).
 
-    What is -inf is no visual token, so that prompts may have unequal numbers of them.
+    Columns with -inf are no visual tokens; so the prompts of a batch may have unequal numbers of visual tokens.
     """
     return top(last_attention.mean(1), keep)
 
@@ -27,9 +27,10 @@ class FastV(Method):
     """Drop the visual tokens that the last prompt token attends to least (FastV).
 
     keep: share or number of a prompt's visual tokens (the code's `ratio`).
-    layer: layers below it see everything, and the one before it ranks; the paper's K, from 1.
+    layer: tokens are dropped before this layer, counted from 0, by the attention of the layer before it. At least 1. It
+        is the paper's K.
     attention: "last", the last token's row; or "equi", that row as if all visual tokens stood at one place (VisPruner,
-        Sec. 3.3), which takes out the advantage of those near the text. Nothing may have been dropped before.
+        Sec. 3.3), which takes out the advantage of those near the text; no other method may then drop tokens before.
     positions: "original" as in the code.
     """
 

@@ -87,9 +87,9 @@ class FoPru(PictureMethod):
         if grid:  # rows by their sum; columns as they are
             score = score.view(-1, *grid).sum(2).repeat_interleave(grid[1], 1)
         order = score.masked_fill(~stay, -torch.inf).argsort(dim=1, descending=True, stable=True)
-        new = pictures.projected.gather(1, order[..., None].expand_as(pictures.projected))
+        new = pictures.projected.take_along_dim(order[..., None], 1)
         rank = (stay.cumsum(1) - 1).clamp(min=0)  # the first slot that is kept gets the most significant token
-        return stay, new.gather(1, rank[..., None].expand_as(new))
+        return stay, new.take_along_dim(rank[..., None], 1)
 
 
 def _pooled(pictures: Pictures) -> Chosen:

@@ -33,17 +33,17 @@ def rank(attention: Tensor, plus: bool = False, keep: int | None = None) -> tupl
     else:
         first = place.new_full((len(attention), 1), max(1, keep // 4) if plus else keep)
     order = attention.argsort(dim=1, descending=True)
-    standing = torch.empty_like(order).scatter(1, order, place.expand_as(order))
-    key = standing.where(standing < first, 2 * patches)
+    ranks = order.argsort(dim=1)  # of every patch, 0 for the most attended one
+    key = ranks.where(ranks < first, 2 * patches)
     if plus:
-        rest = standing >= first
+        others = ranks >= first
         if keep is None:
             step = (1 / (first.double() / patches)).long()  # the code's int(1 / ratio), with its rounding
             sampled = (place % (step // 3).clamp(min=1) == 0) & (place < patches - 1)
         else:
-            left, seen = patches - first, rest.cumsum(1)
-            sampled = seen * (keep - first) // left.clamp(min=1) > (seen - 1) * (keep - first) // left.clamp(min=1)
-        key = key.where(~(rest & sampled), patches + place)
+            more, left, number = keep - first, (patches - first).clamp(min=1), others.cumsum(1)
+            sampled = number * more // left > (number - 1) * more // left
+        key = key.where(~(others & sampled), patches + place)
     counts = (key < 2 * patches).sum(1)
     return key.argsort(dim=1, stable=True)[:, : int(counts.max())], counts
 
@@ -63,9 +63,9 @@ def reduce(
     patches, most = attention.shape[1], order.shape[1]
     unit = normalize(keys[:, 1:], dim=-1)
     own = order[..., None]
-    likeness = unit.gather(1, own.expand(-1, -1, unit.shape[-1])) @ unit.transpose(1, 2)
+    likeness = unit.take_along_dim(own, 1) @ unit.transpose(1, 2)
     near = likeness.scatter_(2, own, -torch.inf).topk(min(NEIGHBOURS, patches - 1)).indices
-    weights = attention[:, None].expand(-1, most, -1).gather(2, near)
+    weights = attention[:, None].take_along_dim(near, 2)
     weights = torch.zeros_like(likeness).scatter_(2, near, weights).scatter_(2, own, 1.0)
     real = torch.arange(most, device=order.device) < counts[:, None]
     dropped = attention.masked_fill(_mask(order.where(real, patches), patches), 0)
@@ -76,7 +76,7 @@ def reduce(
 
 
 def _mask(places: Tensor, size: int) -> Tensor:
-    """(batch, n) places -> bool (batch, size); the place `size` stands for none."""
+    """(batch, n) places -> bool (batch, size); the place `size` means none."""
     empty = torch.zeros(len(places), size + 1, dtype=torch.bool, device=places.device)
     return empty.scatter(1, places, True)[:, :size]
 
@@ -99,9 +99,9 @@ class PruMerge(PictureMethod):
     deviations = (
         "Tokens and their order match. The share is each picture's own, not one for the flattened batch; a picture "
         "without outliers keeps its most attended patch (the official code divides by zero), a stride below 1 counts "
-        "as 1. `keep` in place of the adaptive number is ours. In the LLM tokens stand in the official order (most "
-        "attended first, the extra token last) if positions are contiguous, else at their patches' places, the extra "
-        "one at that of the last dropped patch. Where nothing was dropped the LLM gets no extra token."
+        "as 1. `keep` in place of the adaptive number is ours. In the LLM tokens have the official order (most "
+        "attended first, the extra token last) if positions are contiguous, else the places of their patches, the "
+        "extra one that of the last dropped patch. Where nothing was dropped the LLM gets no extra token."
     )
 
     def sees(self):
@@ -121,9 +121,9 @@ class PruMerge(PictureMethod):
 
 
 def placed(pictures: Pictures, merged: Tensor, places: Tensor, positions: str) -> Chosen:
-    """Merged features (P, n, C) after the projector, at their `places` (P, n) among the V patches; V stands for none.
+    """Merged features (P, n, C) after the projector, at their `places` (P, n) among the V patches; V means none.
 
-    With contiguous positions they stand there in their own order, else each at its own place.
+    With contiguous positions they come in their own order, else each at its own place.
     """
     patches = pictures.slots.shape[1]
     if positions == "contiguous":

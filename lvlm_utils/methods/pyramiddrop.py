@@ -89,7 +89,7 @@ def _projected(layer: nn.Module, tokens: Tokens) -> tuple[Tensor, Tensor]:
     """Query (batch, heads, d) of the last token and keys (batch, key heads, slots, d), rotated, as in `layer`."""
     attention, hidden = layer.self_attn, _through(layer.input_layernorm, tokens.hidden)
     last = tokens.last.float().argmax(1)[:, None, None].to(hidden.device)
-    final = hidden.gather(1, last.expand(-1, 1, hidden.shape[2]))
+    final = hidden.take_along_dim(last, 1)
     plain = nn.Identity()
     query, keys = (
         getattr(attention, f"{name}_norm", plain)(
@@ -100,8 +100,7 @@ def _projected(layer: nn.Module, tokens: Tokens) -> tuple[Tensor, Tensor]:
     cos, sin = (angle.to(hidden.device).expand(len(hidden), -1, -1) for angle in tokens.rotary)
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb  # whatever this decoder's convention is
     keys = rotate(keys, keys, cos, sin)[1]
-    at_last = (angle.gather(1, last.expand(-1, 1, angle.shape[2])) for angle in (cos, sin))
-    query = rotate(query, query, *at_last)[0][:, :, 0]
+    query = rotate(query, query, *(angle.take_along_dim(last, 1) for angle in (cos, sin)))[0][:, :, 0]
     return query.to(tokens.hidden.device), keys.to(tokens.hidden.device)
 
 

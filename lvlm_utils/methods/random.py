@@ -7,17 +7,11 @@ and of `seed` (`Tokens.noise`). Batch, order, padding and device do not change i
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from lvlm_utils.families import family_of
 from lvlm_utils.models import bare
 from lvlm_utils.pruning.engine import Group, Method, Positions
-from lvlm_utils.pruning.keep import all_but_lowest, everything, top
-
-
-def select(noise: Tensor, keep: float | int) -> Tensor:
-    """Which visual tokens stay, bool (pictures, visual): those with the highest `noise`."""
-    return top(noise, keep)
+from lvlm_utils.pruning.keep import all_but_lowest, everything
+from lvlm_utils.pruning.keep import top as select
 
 
 @dataclass

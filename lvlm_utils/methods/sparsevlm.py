@@ -76,7 +76,7 @@ def clusters(tokens: Tensor, there: Tensor, number: Tensor) -> Tensor:
     apart = torch.minimum(distance.masked_fill(~denser, torch.inf).amin(2), furthest)
     peak = (apart * density).masked_fill(~there, -1)
     centre = peak.argsort(dim=1, descending=True, stable=True)[:, :most]
-    to_centre = distance.gather(1, centre[..., None].expand(-1, -1, x.shape[1]))
+    to_centre = distance.take_along_dim(centre[..., None], 1)
     to_centre = to_centre.scatter(2, centre[..., None], -1).masked_fill(~counted[..., None], torch.inf)
     member = ((to_centre.argmin(1)[:, None] == index[:most, None]) & there[:, None]).float()
     return (member @ x / (member.sum(2, keepdim=True) + 1e-6)).to(tokens.dtype)
@@ -96,12 +96,12 @@ def recycle(hidden: Tensor, score: Tensor, stay: Tensor) -> Chosen:
         return stay
     index = torch.arange(most, device=hidden.device)
     best = score.masked_fill(stay, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :most]
-    candidates = hidden.gather(1, best[..., None].expand(-1, -1, hidden.shape[2]))
+    candidates = hidden.take_along_dim(best[..., None], 1)
     means = clusters(candidates, index < recycled[:, None], groups)
     after = (~stay).flip(1).cumsum(1).flip(1)  # the dropped tokens from here on, this one included
     taken = ~stay & (after <= groups[:, None])
     which = (groups[:, None] - after).clamp(min=0, max=means.shape[1] - 1)
-    merged = means.gather(1, which[..., None].expand(-1, -1, hidden.shape[2]))
+    merged = means.take_along_dim(which[..., None], 1)
     return stay | taken, torch.where(taken[..., None], merged, hidden)
 
 

@@ -75,9 +75,7 @@ def schedule(patches: int, layers: int, keep: int) -> list[int]:
         steps.append(min(left // 2, max(even, left - keep * 2**later)))
         left -= steps[-1]
     if left > keep:
-        raise ValueError(
-            f"ToMe halves {patches} patches at most in each of {layers} layers: keep={keep} is below that."
-        )
+        raise ValueError(f"ToMe at most halves {patches} patches in each of {layers} layers: keep={keep} is less.")
     return steps
 
 
@@ -96,11 +94,9 @@ class TowerMethod(PictureMethod):
 
     def fit(self, lvlm):
         if family_of(model := bare(lvlm)).patches != 1:
-            raise ValueError(
-                f"{type(self).__name__} changes the patches inside the tower, which {model.config.model_type} packs, "
-                "or makes a visual token of several: take a method that selects after the tower, such as divprune or "
-                "vispruner."
-            )
+            name, kind = type(self).__name__, model.config.model_type
+            raise ValueError(f"{name} changes the patches inside the tower, which {kind} packs, or makes a visual "
+                             "token of several: take vispruner or divprune.")  # fmt: skip
         return self
 
     def sees(self):
@@ -133,7 +129,7 @@ def _spread_out(seen: Towers, run: Any, skip: int, tower: nn.Module, args: tuple
         if x is None:
             return None
         source = run.maps[x.shape[1]].to(x.device)
-        return x.gather(1, source[..., None].expand(-1, -1, x.shape[-1]))
+        return x.take_along_dim(source[..., None], 1)
 
     output["last_hidden_state"] = whole(output["last_hidden_state"])
     if output.get("hidden_states") is not None:
@@ -165,7 +161,7 @@ class ToMe(TowerMethod):
     official = "facebookresearch/ToMe af95e4b"
     deviations = (
         "`reduce` matches, its order too. In a model tokens are merged after a layer, not between its attention and "
-        "MLP, up to the layer of the features, and stand in the LLM in the order of their first patches (the official "
+        "MLP, up to the layer of the features, and come into the LLM in the order of their first patches (the official "
         "order is that of the matching). `keep` spreads the merges evenly over the layers; official is r alone."
     )
 
@@ -188,7 +184,7 @@ class ToMe(TowerMethod):
         for number, layer in enumerate(layers):
             merge = partial(run.merge, number) if number <= last else None
             # prepend: before the library records the layer's output
-            stack.callback(session.hook(layer, partial(run.weigh, min(number, last + 1)), merge, prepend=True))
+            stack.callback(session.hook(layer, run.weigh, merge, prepend=True))
         return run
 
     def steps(self, patches: int, layers: int) -> list[int]:
@@ -202,43 +198,40 @@ class ToMe(TowerMethod):
 
 
 class _Merging:
-    """ToMe in one tower. What is known of each layer stays until the next run: checkpointed layers run twice."""
+    """ToMe in one tower. Sizes and maps, by the number of tokens, stay for checkpointed layers, which run twice."""
 
     def __init__(self, method: ToMe, skip: int, layers: int):
         self.method, self.skip, self.layers = method, skip, layers
 
     def start(self, tower: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.sizes, self.sources, self.maps = {}, {}, {}
+        self.sizes, self.maps = {}, {}
 
     def see(self, call: Call) -> None:
         self.metric = call.key.float().mean(1)
 
-    def weigh(self, number: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+    def weigh(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         x = args[0] if args else kwargs["hidden_states"]
+        tokens = x.shape[1]
         if not self.sizes:
-            self.sizes[0] = torch.ones(*x.shape[:2], 1, device=x.device, dtype=torch.float32)
-            self.maps[x.shape[1]] = self.sources[0] = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
-            self.steps = self.method.steps(x.shape[1] - self.skip, self.layers)
+            self.sizes[tokens] = torch.ones(*x.shape[:2], 1, device=x.device, dtype=torch.float32)
+            self.maps[tokens] = torch.arange(tokens, device=x.device).expand(len(x), -1)
+            self.steps = self.method.steps(tokens - self.skip, self.layers)
         if not self.method.proportional:
             return None
-        mask = self.sizes[number].log().to(x.dtype).transpose(1, 2)[:, None]
+        mask = self.sizes[tokens].log().to(x.dtype).transpose(1, 2)[:, None]
         if len(args) > 1:
             return (x, mask, *args[2:]), kwargs
         return args, {**kwargs, "attention_mask": mask}
 
     def merge(self, number: int, layer: nn.Module, args: tuple, x: Tensor) -> Tensor:
-        # registers are left alone: they stand aside while the others merge, after [CLS]
-        aside = slice(1, max(self.skip, 1))
-        others = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
-        others[aside] = False
-        sizes = self.sizes[number]
-        merged, size, source = reduce(
-            self.metric[:, others], x[:, others], self.steps[number], bool(self.skip), sizes[:, others]
-        )
-        x = torch.cat([merged[:, :1], x[:, aside], merged[:, 1:]], 1)
-        size = torch.cat([size[:, :1], sizes[:, aside], size[:, 1:]], 1)
-        whole = torch.arange(len(others), device=x.device).repeat(len(x), 1)
-        whole[:, others] = source + (source > 0) * (aside.stop - 1)
-        self.sizes[number + 1], self.sources[number + 1] = size, whole.gather(1, self.sources[number])
-        self.maps[x.shape[1]] = self.sources[number + 1]
+        tokens, registers = x.shape[1], slice(1, max(self.skip, 1))  # these stand aside while the others merge
+        others = torch.ones(tokens, dtype=torch.bool, device=x.device)
+        others[registers] = False
+        before, r = self.sizes[tokens], self.steps[number]
+        merged, size, source = reduce(self.metric[:, others], x[:, others], r, bool(self.skip), before[:, others])
+        x = torch.cat([merged[:, :1], x[:, registers], merged[:, 1:]], 1)
+        size = torch.cat([size[:, :1], before[:, registers], size[:, 1:]], 1)
+        whole = torch.arange(tokens, device=x.device).repeat(len(x), 1)
+        whole[:, others] = source + (source > 0) * (registers.stop - 1)
+        self.sizes[x.shape[1]], self.maps[x.shape[1]] = size, whole.gather(1, self.maps[tokens])
         return x

@@ -35,33 +35,27 @@ def reduce(
     score = cls_attention.float().sum(1)[:, 1:]
     best = score.topk(dominant - 1).indices.sort(1).values + 1
     chosen = torch.cat([best.new_zeros(batch, 1), best], 1)
-    rest, target = others(chosen, size, contextual)
-    tokens, contextual = _take(hidden, chosen), min(contextual, rest.shape[1])
+    others, target = left_over(chosen, size, contextual)
+    tokens, contextual = hidden.take_along_dim(chosen[..., None], 1), min(contextual, others.shape[1])
     if not contextual:
         return tokens, chosen
-    unit = normalize(_take(keys.float(), rest), dim=-1)
+    unit = normalize(keys.float().take_along_dim(others[..., None], 1), dim=-1)
     nearest = (unit[:, ~target] @ unit[:, target].transpose(1, 2)).argmax(2)
     given = one_hot(nearest, contextual).float()
-    values = _take(hidden.float(), rest)
+    values = hidden.float().take_along_dim(others[..., None], 1)
     mean = given.transpose(1, 2) @ values[:, ~target] / given.sum(1).clamp(min=1)[..., None]
     return torch.cat([tokens, (values[:, target] + mean).to(hidden.dtype)], 1), chosen
 
 
-def others(dominant: Tensor, size: int, contextual: int) -> tuple[Tensor, Tensor]:
+def left_over(dominant: Tensor, size: int, contextual: int) -> tuple[Tensor, Tensor]:
     """The tokens that are not `dominant` (batch, n), (batch, size - n), and which of them, at equal steps, become the
     contextual ones, bool (size - n,)."""
     taken = torch.zeros(len(dominant), size, dtype=torch.uint8, device=dominant.device).scatter(1, dominant, 1)
-    rest = taken.argsort(dim=1, stable=True)[:, : size - dominant.shape[1]]
-    left = rest.shape[1]
-    contextual = min(contextual, left)
+    left = size - dominant.shape[1]
     step = max(1, left // max(contextual, 1))
-    index = torch.arange(left, device=rest.device)
-    return rest, (index % step == 0) & (index < contextual * step)
-
-
-def _take(x: Tensor, places: Tensor) -> Tensor:
-    """x (batch, tokens, width) at places (batch, n)."""
-    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
+    index = torch.arange(left, device=dominant.device)
+    others = taken.argsort(dim=1, stable=True)[:, :left]
+    return others, (index % step == 0) & (index < contextual * step)
 
 
 def split(keep: int) -> tuple[int, int]:
@@ -89,9 +83,9 @@ class VisionZip(PictureMethod):
     official = "dvlab-research/VisionZip 3151f6d"
     deviations = (
         "Tokens and their order match. contextual=0 merges nothing and more contextual tokens than patches left take "
-        "all of these (the official code fails at both). In the LLM tokens stand in the official order ([CLS], "
-        "dominant, contextual) if positions are contiguous, else at their patches' places, [CLS] at that of the first "
-        "dropped patch. Tiles of LLaVA-NeXT: each on its own."
+        "all of these (the official code fails at both). In the LLM tokens have the official order ([CLS], dominant, "
+        "contextual) if positions are contiguous, else the places of their patches, [CLS] that of the first dropped "
+        "patch. Tiles of LLaVA-NeXT: each on its own."
     )
 
     def fit(self, lvlm):
@@ -108,13 +102,14 @@ class VisionZip(PictureMethod):
     def pick(self, pictures):
         hidden, keys = pictures.raw("hidden"), pictures.raw("keys").float().mean(1)
         size = hidden.shape[1]
-        numbers = self.dominant, self.contextual
-        numbers = split(kept(self.keep, size - 1)) if self.dominant is None else numbers
-        if sum(numbers) >= size:
-            raise ValueError(f"{numbers[0]} dominant and {numbers[1]} contextual are more than {size - 1} patches.")
-        tokens, own = reduce(hidden, pictures.raw("cls"), keys, *numbers)
-        rest, target = others(own, size, numbers[1])
-        places = torch.cat([own, rest[:, target]], 1) - 1
+        dominant, contextual = self.dominant, self.contextual
+        if dominant is None:
+            dominant, contextual = split(kept(self.keep, size - 1))
+        if dominant + contextual >= size:
+            raise ValueError(f"{dominant} dominant and {contextual} contextual are more than {size - 1} patches.")
+        tokens, own = reduce(hidden, pictures.raw("cls"), keys, dominant, contextual)
+        others, target = left_over(own, size, contextual)
+        places = torch.cat([own, others[:, target]], 1) - 1
         used = torch.zeros(len(own), size, dtype=torch.uint8, device=own.device).scatter(1, places + 1, 1)
         places[:, 0] = used[:, 1:].argmin(1)  # the first patch that goes leaves its place to [CLS]
         return placed(pictures, tokens, places, self.positions)

@@ -2,8 +2,8 @@
 
 Matches the official code (Theia-4869/VisPruner, aefa01a) index for index in float32, for all budgets at which that
 runs. Near-duplicates go in rounds of 8 (Algorithm 1): tokens at even places of the list are compared with those at odd
-places, the most similar ones are removed, and what is left of the even ones stands, most similar first, in front of
-the odd ones in the next round.
+places, the most similar ones are removed, and what is left of the even ones comes, most similar first, before the
+odd ones in the next round.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lvlm_utils.attention.towers import has_cls
-from lvlm_utils.pruning.engine import PictureMethod, Positions
+from lvlm_utils.methods.fastervlm import FasterVLM
 from lvlm_utils.pruning.keep import in_float32, kept
 
 REMOVED = 8  # in a round
@@ -39,10 +38,10 @@ def select(features: Tensor, cls_attention: Tensor, keep: float | int, important
 
 def _diverse(features: Tensor, order: Tensor, number: int) -> Tensor:
     """Algorithm 1: the `number` least similar ones (batch, number) of the patches `order` (batch, R)."""
-    if number == 0 or order.shape[1] == number:
-        return order[:, :number]
+    if number == 0:
+        return order[:, :0]
     unit = normalize(features.float(), dim=-1)
-    unit = unit.gather(1, order[..., None].expand(-1, -1, unit.shape[-1]))
+    unit = unit.take_along_dim(order[..., None], 1)
     similar = unit @ unit.transpose(1, 2)  # once for all rounds; rows and columns are those of `order`
     near, place = _near(similar), _count(order)  # place: the list, as rows of `similar`
     while (left := place.shape[1]) > number:
@@ -85,14 +84,8 @@ def _check(important: float) -> None:
         raise ValueError(f"important={important!r} is no share in [0, 1]: 0.5 takes half of the budget by attention.")
 
 
-def attention_of(lvlm) -> dict[str, int]:
-    """What such methods see of the tower: [CLS] in the penultimate layer; where there is none (SigLIP) the attention
-    received in the last one, as in VisPruner's code."""
-    return {"cls": -2} if has_cls(lvlm) else {"received": -1}
-
-
 @dataclass
-class VisPruner(PictureMethod):
+class VisPruner(FasterVLM):
     """Keep the patches that [CLS] attends to most, and the most diverse of the others (VisPruner).
 
     keep: share or number of the patches of every picture, tile or frame that the tower sees (the code's
@@ -104,9 +97,7 @@ class VisPruner(PictureMethod):
 
     keep: float | int = 64
     important: float = 0.5
-    positions: Positions = "contiguous"
 
-    seen = {"cls": -2}
     official = "Theia-4869/VisPruner aefa01a"
     deviations = (
         "Same indices wherever the official code runs; at odd remainders and tiny budgets, where it crashes, "
@@ -115,11 +106,7 @@ class VisPruner(PictureMethod):
 
     def fit(self, lvlm):
         _check(self.important)
-        return self.filled(seen=attention_of(lvlm))
-
-    def sees(self):
-        return self.seen
+        return super().fit(lvlm)
 
     def pick(self, pictures):
-        [name] = self.seen
-        return select(pictures.features, pictures.seen(name).mean(1), self.keep, self.important)
+        return select(pictures.features, self.attention(pictures), self.keep, self.important)

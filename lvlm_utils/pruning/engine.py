@@ -19,15 +19,15 @@ from weakref import WeakSet, ref
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-from lvlm_utils.attention.equi import equi_turn, positions_of
+from lvlm_utils.attention.equi import last_rows, positions_of
 from lvlm_utils.attention.intercept import Call, intercept
-from lvlm_utils.attention.streaming import attention_row, stream
+from lvlm_utils.attention.streaming import stream
 from lvlm_utils.attention.towers import SEEN, Towers
 from lvlm_utils.attention.visibility import Views
-from lvlm_utils.families import decoder_of, visual_ids
+from lvlm_utils.families import decoder_of
 from lvlm_utils.models import LVLM
 from lvlm_utils.pruning.keep import PRIME, mixed, top
 from lvlm_utils.pruning.pictures import Pictures, look
@@ -41,16 +41,17 @@ from lvlm_utils.session import (
     is_prompt,
     joined,
     plain_arithmetic,
+    read_by,
     session_of,
 )
-from lvlm_utils.token_groups import TokenGroups
+from lvlm_utils.token_groups import TokenGroups, is_visual
 
 FROM = ("question", "context")  # attention received from the tokens of this group only
 STATISTICS = ("last", "received", "received_mean", "equi", *FROM)
 ONE_CACHE = "generate from the whole prompt, inside one lv.prune"
 Statistic = str | Callable[["Tokens"], Tensor]
 Positions = Literal["original", "contiguous"]  # of the tokens that stay
-Group = Literal["system", "context", "question"]  # the groups of text that a method may be told to protect
+Group = Literal["system", "context", "question"]  # of text, which a method may protect
 Chosen = Tensor | tuple[Tensor, Tensor]  # which tokens go on, bool; or that and their new hidden states
 
 
@@ -85,7 +86,7 @@ class Prefill:
     views: Views = field(default_factory=Views)
     cache: "ref[DynamicCache] | None" = None
     done: bool = False
-    rest: Tensor | None = None  # (rows, new) bool: where several prompts go on after this one, what is no padding
+    continued: Tensor | None = None  # (rows, new) bool: where several prompts go on after this one, their real tokens
 
     @property
     def pruned(self) -> bool:
@@ -93,14 +94,14 @@ class Prefill:
 
     def since(self, new: int) -> Tensor | int:
         """How many tokens there are between the prompt and each of the `new` newest ones."""
-        if self.rest is None:
+        if self.continued is None:
             return self.seen - self.tokens - 1
-        return (self.rest.cumsum(1) - 1).clamp(min=0)[:, -new:]
+        return (self.continued.cumsum(1) - 1).clamp(min=0)[:, -new:]
 
     def alive(self, stage: Stage) -> Tensor | None:
         """Which slots of a stage and of all that came since hold a token, (batch, slots + new); None if all do."""
-        if self.rest is not None:
-            return torch.cat([stage.alive.expand(len(self.rest), -1), self.rest.to(stage.alive.device)], 1)
+        if self.continued is not None:
+            return torch.cat([stage.alive.expand(len(self.continued), -1), self.continued.to(stage.alive.device)], 1)
         return pad(stage.alive, (0, self.seen - self.tokens), value=True) if stage.padded else None
 
 
@@ -174,17 +175,17 @@ class Tokens:
     @property
     def whole(self) -> "Tokens":
         """The same prompt as it was before anything was dropped: its slots are the columns. (`hidden` is not.)"""
-        stage, device = self.prefill.stages[0], self.place.device
-        return replace(self, place=stage.place.to(device), alive=stage.alive.to(device))
+        return self._in(self.prefill.stages[0])
 
     @property
     def at_start(self) -> Tensor:
         """Visual tokens (batch,) that went into layer 0: what shares in deeper layers are shares of."""
-        prefill = self.prefill
-        if not prefill.at:
-            return self.visual.sum(1)
-        stage, visual = prefill.stages[prefill.at[0]], prefill.visual.to(self.place.device)
-        return (visual.gather(1, stage.place.to(visual.device)) & stage.alive.to(visual.device)).sum(1)
+        first = self._in(self.prefill.stages[self.prefill.at[0]]) if self.prefill.at else self
+        return first.visual.sum(1)
+
+    def _in(self, stage: Stage) -> "Tokens":
+        device = self.place.device
+        return replace(self, place=stage.place.to(device), alive=stage.alive.to(device))
 
     def attention(self, statistic: Statistic, layer: int | None = None) -> Tensor:
         """A statistic that the method `needs` of a layer before this one, by default the latest that has it.
@@ -216,13 +217,15 @@ class Tokens:
         new hidden states (P, V, D). Visual tokens that are no patch go."""
         stay, hidden = self.alive & ~self.visual, self.hidden
         for pictures in self.pictures:
-            found = choice(pictures)
-            pictures.keep(*(found if isinstance(found, tuple) else (found,)))
-            at = pictures.rows[:, None], pictures.slots
-            kept = pictures.kept.to(stay.device)  # a tower may be on another device
+            found, at = choice(pictures), (pictures.rows[:, None], pictures.slots)
+            kept, merged = found if isinstance(found, tuple) else (found, None)
+            if kept.dtype != torch.bool or kept.shape != pictures.slots.shape:
+                wanted = f"bool {tuple(pictures.slots.shape)}"
+                raise ValueError(f"Pictures are kept by {wanted}, not {kept.dtype} {tuple(kept.shape)}.")
+            kept = kept.to(stay.device)  # a tower may be on another device
             stay = stay.index_put(at, kept)
-            if pictures.merged is not None:
-                new = pictures.merged.to(hidden.device, hidden.dtype)
+            if merged is not None:
+                new = merged.to(hidden.device, hidden.dtype)
                 hidden = hidden.index_put(at, new.where(kept[..., None], hidden[at]))
         return stay if hidden is self.hidden else (stay, hidden)
 
@@ -262,23 +265,24 @@ class Tokens:
 class Method:
     """One way to prune prompts: a dataclass whose fields are its options.
 
-    Write `choose`, and what it needs of the others:
+    Implement `choose`; override the others only where your method needs them:
 
-    choose(tokens): the tokens that go on, bool (batch, slots); or (that, new hidden states) where it merges.
-    layer: `choose` is called with the tokens that are about to go into this layer. `before` says so for several; none
-        where the options mean that nothing goes.
-    positions: of the tokens that stay: "original", or "contiguous", numbered anew from 0.
-    needs: layer -> which statistics of its attention `tokens.attention` shall give: names ("last", "received",
+    choose(tokens): the tokens that are kept, bool (batch, slots); or (that, new hidden states) where it merges.
+    layer: the layer before which `choose` is called.
+    before: the layers, for a method that chooses several times; () where its options mean that nothing is dropped.
+    positions: of the tokens that are kept: "original", or "contiguous", numbered anew from 0.
+    needs: {layer: statistics of its attention that `choose` reads by `tokens.attention`}: names ("last", "received",
         "received_mean", "question", "context", "equi"), or functions from `Tokens` to queries, bool (batch, slots):
         the attention received from these.
-    sees: name -> tower layer (counted like a list) of what `tokens.pictures` shall give of the vision tower.
+    sees: {name: tower layer} of what `choose` reads of the vision tower by `tokens.pictures`; a negative layer counts
+        from the end.
     within: hooks of the method's own, a context manager that is open for as long as the method prunes.
     fit: a copy with what depends on the model filled in (`filled`); ValueError where the method does not fit it.
 
     kind: "text", "visual, before the LLM" or "visual, inside the LLM".
     needs_cls: whether it works only with vision towers that have a [CLS] token.
-    uses_question: False where the choice is the same for all questions about one picture and context and drops nothing
-        of the question or the template; such questions can then share what is left.
+    uses_question: False if the choice does not depend on the question and drops nothing of the question or the
+        template: questions about one picture and context can then share a beginning that is read and pruned once.
     official, deviations: the official code that is matched, and where and why it is not.
 
     Options called `keep` and `drop`, and those whose type is Literal, are checked by lv.prune.
@@ -327,9 +331,6 @@ class PictureMethod(Method):
     kind = "visual, before the LLM"
     uses_question = False
 
-    def pick(self, pictures: Pictures) -> Chosen:
-        raise NotImplementedError
-
     def choose(self, tokens: Tokens) -> Chosen:
         return tokens.by_picture(self.pick)
 
@@ -345,25 +346,25 @@ class Trace:
     kv_bytes: int = 0
 
     def __init__(self):
-        self._masks: list[Tensor] = []  # (batch, tokens) of every stage
-        self._at: list[int] = []  # layer -> its stage
+        self._kept: Tensor | None = None
         self.visual: Tensor | None = None
 
     def take(self, prefill: Prefill, cache: DynamicCache | None) -> None:
         """Replace what was kept, at the end of a prefill."""
-        self._masks = [
+        masks = [
             torch.zeros_like(s.alive[:, :1]).repeat(1, prefill.tokens).scatter(1, s.place, s.alive)
             for s in prefill.stages
         ]
-        self._at, self.visual = prefill.at, prefill.visual
+        self._kept = torch.stack([masks[stage].to(masks[0].device) for stage in prefill.at])
+        self.visual = prefill.visual
         self.kv_bytes = sum(one.keys.nbytes + one.values.nbytes for one in cache.layers) if cache is not None else 0
 
     @property
     def kept(self) -> Tensor:
         """bool (layers, batch, tokens): whether the token goes into the layer."""
-        if not self._at:
+        if self._kept is None:
             raise ValueError("There was no prefill yet: call the model inside `with lv.prune(...) as trace`.")
-        return torch.stack([self._masks[stage].to(self._masks[0].device) for stage in self._at])
+        return self._kept
 
     @property
     def tokens_per_layer(self) -> list[float]:
@@ -389,7 +390,7 @@ class Trace:
         return self.mean_tokens - self.mean_visual
 
     def __repr__(self) -> str:
-        if not self._at:
+        if self._kept is None:
             return "Trace of lv.prune: no prefill yet"
         layers = " ".join(f"{number:g}" for number in self.tokens_per_layer)
         return f"Trace of lv.prune: {self.mean_tokens:.1f} tokens a layer ({layers}), cache {self.kv_bytes} bytes"
@@ -405,15 +406,12 @@ def pruning(model: PreTrainedModel, method: Method) -> Iterator[Trace]:
     run = _Run(method, decoder_of(model))
     with ExitStack() as stack:
         with LOCK:
-            running = [session.engine for session in OPEN.get(model, {}).values() if session.engine]
-            engine = running[0] if running else Engine(model)
-            session = stack.enter_context(joined(model, engine))
-            if engine.session is None:
-                session.engine, engine.session = engine, session
-            elif session is not engine.session:
+            session = stack.enter_context(joined(model, run))
+            if any(other.engine and other is not session for other in OPEN[model].values()):
                 raise ValueError(OTHER_THREAD)
+            run.engine = engine = session.engine = session.engine or Engine(session)
+            engine.runs.append(run)
             stack.callback(engine.leave, run)
-            engine.enter(run)
         if run.needs:
             layers = [engine.decoder.layers[number] for number in run.needs]
             stack.enter_context(intercept(partial(engine.see, run), *layers))
@@ -434,6 +432,7 @@ class _Run:
         self.needs = dict(method.needs()) if self.choose else {}
         self.sees = dict(method.sees()) if self.choose else {}
         self.towers: Towers | None = None
+        self.engine: Engine
         for layer in (*self.choose, *self.needs):
             if not isinstance(layer, Integral) or not 0 <= layer < layers:
                 raise ValueError(f"Layer {layer} is out of range: the model has {layers} layers, 0 to {layers - 1}.")
@@ -448,51 +447,45 @@ class _Run:
                 f"{config.model_type} has positions on a grid (mRoPE), which cannot be numbered anew: "
                 'use positions="original".'
             )
-        kinds = getattr(config, "layer_types", None)
-        if kinds is None:
-            kinds = ["sliding_attention"] if getattr(config, "sliding_window", None) else []
-        if odd := sorted(set(kinds) - {"full_attention"}):
+        if odd := short_sighted(config):
             raise ValueError(f"{config.model_type} has layers of {', '.join(odd)}: only full attention can be pruned.")
+
+    def new_prompt(self) -> None:
+        self.engine.prefill = None
+
+
+def short_sighted(config: PreTrainedConfig) -> list[str]:
+    """Kinds of attention, among the layers of a decoder with this config, that do not see the whole past."""
+    window = ["sliding_attention"] if getattr(config, "sliding_window", None) else []
+    return sorted(set(getattr(config, "layer_types", None) or window) - {"full_attention"})
 
 
 class Engine:
     """All methods that prune one model at the moment, and the hooks that carry them out."""
 
-    def __init__(self, model: PreTrainedModel):
-        self.model, self.decoder = model, decoder_of(model)
+    def __init__(self, session: Session):
+        self.session, self.model, self.decoder = session, session.model, decoder_of(session.model)
         self.runs: list[_Run] = []
         self.trace = Trace()
-        self.session: Session | None = None
         self.prefill: Prefill | None = None
-        self.asked: dict[str, Any] = {}  # keywords of the model that name columns of the prompt
+        self.by_column: dict[str, Any] = {}  # keywords of the model that name columns of the prompt
         self.masks: dict[Any, dict] = {}
         self.caches: WeakSet[DynamicCache] = WeakSet()  # that are pruned
         self.layer_hooks: list[Callable] = []
         self.hooks = ExitStack()
-
-    def enter(self, run: _Run) -> None:
-        if not self.runs:
-            hook = self.session.hook
-            self.hooks.callback(hook(self.model, self._before_model, self._after_model, always_call=True))
-            self.hooks.callback(hook(self.decoder, self._before_decoder, self._after_decoder))
-            if hasattr(self.decoder, "_deepstack_process"):
-                self.hooks.callback(instead(self.decoder, "_deepstack_process", self._deepstack))
-        self.runs.append(run)
+        self.hooks.callback(session.hook(self.model, self._before_model, self._after_model, always_call=True))
+        self.hooks.callback(session.hook(self.decoder, self._before_decoder, self._after_decoder))
+        if hasattr(self.decoder, "_deepstack_process"):
+            self.hooks.callback(instead(self.decoder, "_deepstack_process", self._deepstack))
 
     def leave(self, run: _Run) -> None:
-        self.runs = [other for other in self.runs if other is not run]
+        self.runs.remove(run)
         if not self.runs:
             self._unhook()
             self.hooks.close()
             for cache in self.caches:
                 cache.get_mask_sizes = _refuse_ended
             self.session.engine = None
-
-    def new_prompt(self) -> None:
-        self.prefill = None
-        for run in self.runs:
-            if run.towers is not None:
-                run.towers.new_prompt()
 
     def _hook(self) -> None:
         if not self.layer_hooks:
@@ -516,15 +509,14 @@ class Engine:
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = kwargs if len(args) < 2 else signature(module.forward).bind_partial(*args, **kwargs).arguments
-        self.asked = {name: given[name] for name in ("labels", "logits_to_keep") if given.get(name) is not None}
+        self.by_column = {name: given[name] for name in ("labels", "logits_to_keep") if given.get(name) is not None}
 
     def _after_model(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.asked = {}
+        self.by_column = {}
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         self.masks = {}
-        x = kwargs.get("inputs_embeds")
-        x = x if x is not None else kwargs.get("input_ids", args[0] if args else None)
+        x = read_by(args, kwargs)
         if is_prompt(kwargs):
             _check_prefill(kwargs)
             if torch.is_grad_enabled() and any(run.sees for run in self.runs):
@@ -535,7 +527,7 @@ class Engine:
         prefill = self.prefill
         _check_step(prefill, kwargs["past_key_values"], x.shape[1])
         prefill.seen += x.shape[1]
-        if prefill.rest is not None:
+        if prefill.continued is not None:
             self._hook()
         if self._ours(0):  # transformers counts tokens in the cache of layer 0, which now may hold fewer
             first = prefill.stages[prefill.at[0]].next
@@ -552,10 +544,9 @@ class Engine:
         # on a grid one for each axis, all the same after the text that ends it
         last = (place if position is None else position).amax(-1, keepdim=True)
         ids = ids if ids is not None and ids.shape == place.shape else None
-        known = torch.tensor(visual_ids(self.model), device=x.device)
-        visual = None if ids is None else torch.isin(ids.to(x.device), known)
+        visual = None if ids is None else is_visual(self.model, ids.to(x.device))
         stage = Stage(place, alive, padded=not bool(alive.all()))
-        positions = positions_of(kwargs, batch, tokens, x.device)
+        positions = positions_of(kwargs, x)
         return Prefill(self.model, [stage], tokens, tokens, positions, last, ids, visual, self.session.groups)
 
     def _before_layer(self, number: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
@@ -580,10 +571,10 @@ class Engine:
 
     def _choose(self, run: _Run, number: int, hidden: Tensor) -> Tensor:
         """Ask the method, and begin a new stage if it drops anything; the hidden states that go on."""
-        prefill, device, rows = self.prefill, hidden.device, self.session.rows
-        before = prefill.stages[-1]
-        rotary = tuple(part.to(device) for part in before.rotary)
-        place, alive = before.place.to(device), before.alive.to(device)
+        prefill, device, beams = self.prefill, hidden.device, self.session.beams
+        stage = prefill.stages[-1]
+        rotary = tuple(part.to(device) for part in stage.rotary)
+        place, alive = stage.place.to(device), stage.alive.to(device)
         tokens = Tokens(number, hidden, place, alive, prefill, rotary, run.towers, run.sees)
         chosen = run.method.choose(tokens)
         keep, new = chosen if isinstance(chosen, tuple) else (chosen, hidden)
@@ -592,8 +583,8 @@ class Engine:
                 f"A method has to choose with bool {tuple(alive.shape)} (and hidden states as they came), "
                 f"not {keep.dtype} {tuple(keep.shape)}."
             )
-        keep = keep.to(device)[::rows].repeat_interleave(rows, 0) & alive  # the beams of a prompt keep the same
-        found = _narrowed(before, keep, tokens.last, new, run.positions, rotary, self.decoder.rotary_emb)
+        keep = keep.to(device)[::beams].repeat_interleave(beams, 0) & alive  # the beams of a prompt keep the same
+        found = _narrowed(tokens, keep, new, run.positions, self.decoder.rotary_emb)
         if found is None:
             return new
         prefill.stages.append(found[0])
@@ -601,7 +592,7 @@ class Engine:
 
     def _ours(self, number: int) -> bool:
         """Whether mask and positions of a layer are made here: after a drop, or after a shared beginning."""
-        return self.prefill.at[number] > 0 or self.prefill.rest is not None
+        return self.prefill.at[number] > 0 or self.prefill.continued is not None
 
     def _surroundings(self, number: int, hidden: Tensor, kwargs: dict) -> dict:
         """Mask and rotary embedding of a layer after a drop; one pair for all layers of a stage on a device."""
@@ -630,9 +621,7 @@ class Engine:
                 self._unhook()
             return
         prefill.done = True
-        if prefill.pruned:
-            _check_columns(prefill, self.asked)
-        else:
+        if not prefill.pruned:
             self._unhook()
         cache = prefill.cache() if prefill.cache is not None else None
         if cache is not None and prefill.pruned:
@@ -644,6 +633,8 @@ class Engine:
         prefill.statistics, prefill.notes, prefill.views = {}, {}, Views()
         for stage in prefill.stages:
             stage.rotary = None
+        if prefill.pruned:
+            _check_columns(self.by_column, prefill.stages[0].alive & ~self.trace.kept[-1])
 
     def _own(self, cache: DynamicCache) -> None:
         """A pruned cache: outside, its masks would be those of layer 0 everywhere, and so would those of a copy."""
@@ -656,7 +647,7 @@ class Engine:
         stages = [prefill.stages[number] for number in set(prefill.at)]
         ours = [layer["attention_mask"] for layer in self.masks.values()]
         masked = any(stage.padded for stage in stages) or any(mask is not None for mask in ours)
-        return prefill.rest is None and not masked and (len(stages) == 1 or all(s.next is None for s in stages))
+        return prefill.continued is None and not masked and (len(stages) == 1 or all(s.next is None for s in stages))
 
     def _deepstack(self, decoder: nn.Module, process: Callable, hidden: Tensor, visual: Tensor, features: Tensor):
         """Qwen3-VL adds features of its tower after the first layers: only those of visual tokens that are left."""
@@ -696,13 +687,13 @@ class Continuation:
         if not mine or len(prefill.stages[0].place) != 1:
             raise ValueError("Only the latest prompt that was pruned, a single one with a cache, can be continued.")
         self.cache = DynamicCache([(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v, *_ in cache])
-        rest = prefill.stages[0].alive.new_zeros(rows, 0)
-        self.beginning, self.prefill = prefill, replace(prefill, cache=ref(self.cache), seen=prefill.tokens, rest=rest)
+        none = prefill.stages[0].alive.new_zeros(rows, 0)
+        self.beginning, self.prefill = prefill, replace(prefill, cache=ref(self.cache), continued=none)
         self.engine._own(self.cache)
 
     def __call__(self, ids: Tensor, real: Tensor) -> Tensor:
         """Logits (rows, vocabulary) after the next `ids` (rows, new), of which those that are `real` count."""
-        self.prefill.rest = torch.cat([self.prefill.rest, real], 1)
+        self.prefill.continued = torch.cat([self.prefill.continued, real], 1)
         self.engine.prefill = self.prefill
         try:
             out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
@@ -716,14 +707,8 @@ def _statistics(call: Call, wanted: tuple[Statistic, ...], prefill: Prefill, dec
 
     ValueError where the groups of the prompt are not known, and for a prompt without question.
     """
-    view, found = prefill.views.of(call), {}
-    last = view.last(len(call.query))
-    if "last" in wanted:
-        found["last"] = attention_row(call.query, call.key, call.scale, view, last)
-    if "equi" in wanted:
-        angles = prefill.stages[0].rotary
-        turn = equi_turn(call, view, decoder.rotary_emb, prefill.positions, angles, prefill.visual)
-        found["equi"] = attention_row(call.query, call.key, call.scale, view, last, turn)
+    view, angles = prefill.views.of(call), prefill.stages[0].rotary
+    found = last_rows(call, view, wanted, decoder.rotary_emb, prefill.positions, angles, prefill.visual)
     sums = ("received",) if {"received", "received_mean"} & set(wanted) else ()
     groups = [name for name in wanted if callable(name) or name in FROM]
     rows = _queries(call, prefill, groups) if groups else None
@@ -756,31 +741,28 @@ def _queries(call: Call, prefill: Prefill, groups: list[Statistic]) -> Tensor:
 
 
 def _narrowed(
-    before: Stage, keep: Tensor, last: Tensor, hidden: Tensor, positions: str, rotary: tuple[Tensor, Tensor],
-    embedding: nn.Module,
-) -> tuple[Stage, Tensor] | None:  # fmt: skip
-    """The stage of the slots that `keep` (batch, slots), and its hidden states; None if all go on.
+    tokens: Tokens, keep: Tensor, hidden: Tensor, positions: str, embedding: nn.Module
+) -> tuple[Stage, Tensor] | None:
+    """The stage of the slots that `keep` (batch, slots), with its part of the `hidden` states; None if all go on.
 
-    `last` (batch, slots) are the tokens that have to: ValueError if one is dropped. `rotary` belongs to the slots of
-    `before`; `embedding` makes it anew for contiguous positions.
+    ValueError if a last token is dropped. `embedding` makes the angles anew for contiguous positions.
     """
-    alive, counts = before.alive.to(hidden.device), keep.sum(1)
+    alive, counts = tokens.alive, keep.sum(1)
     same, ends, least, most = torch.stack(
-        [(keep == alive).all(), (keep | ~alive | ~last).all(), counts.min(), counts.max()]
+        [(keep == alive).all(), (keep | ~alive | ~tokens.last).all(), counts.min(), counts.max()]
     ).tolist()  # one wait for the device
     if same:
         return None
     if not ends:
         raise ValueError("The last token of a prompt was dropped: its prediction is the answer, so it has to stay.")
     order = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, -most:]  # empty slots to the left
-    place, alive = before.place.to(hidden.device).gather(1, order), keep.gather(1, order)
-    hidden = _gather(hidden, order)
-    stage = Stage(place, alive, padded=least < most, next=before.next)
+    place, alive, hidden = tokens.place.gather(1, order), keep.gather(1, order), _gather(hidden, order)
+    stage = Stage(place, alive, padded=least < most, next=tokens.prefill.stages[-1].next)
     if positions == "contiguous":
         stage.next = alive.sum(1, keepdim=True)
         stage.rotary = embedding(hidden, position_ids=(alive.cumsum(1) - 1).clamp(min=0))
     else:
-        stage.rotary = tuple(_gather(part, order) for part in rotary)
+        stage.rotary = tuple(_gather(part, order) for part in tokens.rotary)
     return stage, hidden
 
 
@@ -817,7 +799,7 @@ def _check_step(prefill: Prefill | None, cache: Any, new: int) -> None:
     """ValueError for a decode step that does not continue the prefill that was pruned."""
     if prefill is None or not prefill.done or prefill.cache is None or prefill.cache() is not cache:
         raise ValueError(f"This cache was filled by another prompt, or outside lv.prune: {ONE_CACHE}.")
-    announced = 1 if prefill.rest is None else prefill.tokens + prefill.rest.shape[1] - prefill.seen
+    announced = 1 if prefill.continued is None else prefill.tokens + prefill.continued.shape[1] - prefill.seen
     if new != announced:
         raise ValueError(
             f"{new} tokens at once on a pruned cache: a second prompt, assisted decoding and prefill in chunks do not "
@@ -825,18 +807,14 @@ def _check_step(prefill: Prefill | None, cache: Any, new: int) -> None:
         )
 
 
-def _check_columns(prefill: Prefill, asked: dict[str, Any]) -> None:
-    """ValueError where columns of the prompt were asked for by their number, and some were dropped."""
-    count = asked.get("logits_to_keep", 0)
-    gone = not isinstance(count, int) or count < 0
-    if not gone and count > 1:  # the last ones
-        first, last = prefill.stages[0].alive, prefill.stages[-1]
-        there = torch.zeros_like(first).scatter(1, last.place.to(first.device), last.alive.to(first.device))
-        gone = bool((first & ~there)[:, -count:].any())
-    if gone or "labels" in asked:
+def _check_columns(by_column: dict[str, Any], gone: Tensor) -> None:
+    """ValueError where columns of the prompt were asked for by their number, and some are `gone` (batch, tokens)."""
+    count = by_column.get("logits_to_keep", 0)
+    numbered = "labels" in by_column or not isinstance(count, int) or count < 0
+    if numbered or (count > 1 and gone[:, -count:].any()):  # the last ones
         raise ValueError(
-            f"{' and '.join(asked)} address columns of the whole prompt, of which some were dropped: take the logits "
-            "of the tokens that are left, and find their columns in trace.kept."
+            f"{' and '.join(by_column)} address columns of the whole prompt, of which some were dropped: take the "
+            "logits of the tokens that are left, and find their columns in trace.kept."
         )
 
 

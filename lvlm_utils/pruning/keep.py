@@ -133,7 +133,7 @@ def mixed(x: Tensor) -> Tensor:
 
 
 def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function on tensors (the first argument is one) that reckons as precisely under torch.autocast as without."""
+    """A function on tensors (the first argument is one) that computes in their dtypes, also under torch.autocast."""
 
     @wraps(function)
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:

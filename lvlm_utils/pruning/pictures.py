@@ -32,7 +32,7 @@ class View:
 class Pictures:
     """Pictures, tiles or frames of equal size: P of them with V visual tokens each, of any prompts of the batch.
 
-    `rows` (P,) is the prompt that each belongs to, `slots` (P, V) where its tokens stand there. Visual slots that are
+    `rows` (P,) is the prompt that each belongs to, `slots` (P, V) where its tokens are there. Visual slots that are
     no patch (newlines, registers, [CLS] of a video) belong to no picture and are not kept.
     """
 
@@ -41,12 +41,10 @@ class Pictures:
         self.tokens, self.views = tokens, views
         self.rows = torch.tensor([view.row for view in views], device=device)
         self.slots = torch.stack([view.slots for view in views]).to(device)
-        self.kept: Tensor | None = None
-        self.merged: Tensor | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of the visual tokens, which stand in reading order. ValueError where they fill no grid."""
+        """Rows and columns of the visual tokens, which are in reading order. ValueError where they fill no grid."""
         rows, columns = (len(self.views[0].places[:, axis].unique()) for axis in (0, 1))
         if rows * columns != self.slots.shape[1]:
             raise ValueError(f"The {self.slots.shape[1]} visual tokens of a picture fill no grid, so it has no rows.")
@@ -118,12 +116,6 @@ class Pictures:
         flat = features.flatten(0, -2)[None]
         return projector(flat.to(next(projector.parameters()).dtype))[0].view(*features.shape[:-1], -1)
 
-    def keep(self, kept: Tensor, merged: Tensor | None = None) -> None:
-        """Choose: `kept` bool (P, V); `merged` (P, V, D) new hidden states, of which those of kept tokens count."""
-        if kept.dtype != torch.bool or kept.shape != self.slots.shape:
-            raise ValueError(f"Pictures are kept by bool {tuple(self.slots.shape)}, not {kept.dtype} {kept.shape}.")
-        self.kept, self.merged = kept, merged
-
     @property
     def one_to_one(self) -> bool:
         """Whether a visual token is a patch of the tower. (Some patches may be no token: padding of LLaVA-NeXT.)"""
@@ -194,7 +186,7 @@ def _view(picture: Picture | None, row: int, slots: Tensor, places: Tensor, whol
     """The tokens of one picture that are patches and still there; none if there are none."""
     size, blocks = (len(slots), True) if picture is None else (picture.size, picture.merged)
     order = torch.arange(len(slots), device=slots.device)
-    if blocks:  # the patches of a token stand together
+    if blocks:  # the patches of a token follow each other
         merged, rank = size // len(slots), places[:, 0] * (1 + places[:, 1].max()) + places[:, 1]
         if merged * len(slots) != size or (picture is not None and not torch.equal(rank, order)):
             raise ValueError(

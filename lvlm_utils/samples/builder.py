@@ -1,12 +1,12 @@
 """The long-context data set of "Rethinking Visual Dependency in Long-Context Reasoning", Sec. 3.1, step by step.
 
-The paper's words stand beside the lines that follow them. We differ in one thing: the same questions are asked at every
-length, and a longer context begins with the shorter, so that length is not confounded with difficulty.
+The paper's words are comments above the lines that follow them. We differ in one thing: the same questions are asked at
+every length, and a longer context begins with the shorter, so that length is not confounded with difficulty.
 """
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, islice
 from pathlib import Path
 
@@ -94,13 +94,13 @@ class Builder:
         file = picture_file(self.vg_dir, picture)
         if file is None:
             raise Unusable("pictures without a file")
-        told = {unit: mentions(" ".join(unit), self.words) for dialogue in dialogues for unit in dialogue}
+        mentioned = {unit: mentions(" ".join(unit), self.words) for dialogue in dialogues for unit in dialogue}
         for draw in range(DRAWS):
             rng = random.Random(f"{self.seed}-{picture.image_id}-{draw}")  # of a string: the same in every process
-            asked = self.ask(picture, set().union(*told.values()), rng)
+            asked = self.ask(picture, set().union(*mentioned.values()), rng)
             names = {name for name, _, _ in asked}
             # "filtering to ensure that the objects in the answers do not appear in the context"
-            clean = [[unit for unit in dialogue if not names & told[unit]] for dialogue in dialogues]
+            clean = [[unit for unit in dialogue if not names & mentioned[unit]] for dialogue in dialogues]
             # "concatenated to form long text annotations": dialogues of all kinds mixed, the turns of one together
             rng.shuffle(clean)
             contexts = grow([unit for dialogue in clean for unit in dialogue], self.lengths, self.count)
@@ -116,10 +116,10 @@ class Builder:
                        length, context, QUESTION.format(name=name), "yes" if kind == "present" else "no", name, kind,
                        size, tokens, None, picture.n_objects)  # in the order of COLUMNS
 
-    def ask(self, picture: Picture, told: Collection[str], rng: random.Random) -> list[tuple[str, str, str | None]]:
+    def ask(self, picture: Picture, mentioned: set[str], rng: random.Random) -> list[tuple[str, str, str | None]]:
         """Shuffled (name, kind, size): present objects spread over sizes, and as many absent ones (size None).
 
-        What the text mentions (`told`) is never taken for absent: annotations may be incomplete.
+        What the text mentions is never taken for absent: annotations may be incomplete.
         """
         asked, used, present = {}, Counter(self.sizes), sorted(picture.objects.keys() & self.together.keys())
         rng.shuffle(present)
@@ -132,7 +132,7 @@ class Builder:
             used[free[name]] += 1
         for i in range(self.pairs):
             kind = NEGATIVES[(self.done * self.pairs + i) % len(NEGATIVES)]
-            absent = self.absent(kind, picture, told, rng)
+            absent = self.absent(kind, picture, mentioned, rng)
             name = next((name for name in absent if not self.words.related(name, [*picture.objects, *asked])), None)
             if name is None:
                 raise Unusable(f"pictures without a {kind} absent object")
@@ -140,10 +140,10 @@ class Builder:
         rng.shuffle(asked := list(asked.values()))
         return asked
 
-    def absent(self, kind: str, picture: Picture, told: Collection[str], rng: random.Random) -> list[str]:
+    def absent(self, kind: str, picture: Picture, mentioned: set[str], rng: random.Random) -> list[str]:
         """Absent names in the order to try: a shuffled pool, then (popular, adversarial) the next best ones."""
         typical = self.typical.get(picture.image_id, {}).get(kind, ())
-        absent = [name for name in self.names if name not in picture.objects and name not in told]
+        absent = [name for name in self.names if name not in picture.objects and name not in mentioned]
         if kind == "adversarial":
             absent.sort(key=lambda name: -sum(self.together[name][here] for here in picture.objects))
         absent.sort(key=lambda name: name not in typical)

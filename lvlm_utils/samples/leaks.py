@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
-# An ending and what may stand in its place: plurals, then singulars. Some results are no words, which does no harm.
+# An ending and what may take its place: plurals, then singulars. Some results are no words, which does no harm.
 ENDINGS = [("$", "s"), ("(?<=[sxzo])$|(?<=[cs]h)$", "es"), ("(?<=[^aeiou])y$", "ies"), ("fe?$", "ves"),
            ("(?<=..[^sui])s$", ""), ("(?<=.)ies$", "y"), ("(?<=.)ves$", "f"), ("(?<=.)ves$", "fe"),
            ("(?<=.[sxzo])es$|(?<=[cs]h)es$", "")]
