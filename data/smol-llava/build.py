@@ -1,6 +1,6 @@
 """Put smol-llava together in the cache: python data/smol-llava/build.py [smol-llava | smol-llava-long]
 
-About half a minute and 2 GB of memory, once. Prints the folder, which transformers opens without this project.
+About a minute of one core, once. Prints the folder, which transformers opens without this project.
 """
 
 import argparse
