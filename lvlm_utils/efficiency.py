@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 
-from lvlm_utils.families import PLAIN_TOWERS, find_family
+from lvlm_utils.families import PLAIN_TOWERS, find_family, registers_of
 from lvlm_utils.models import LVLM, evaluating
 from lvlm_utils.prompts import Prompt, generate, greedy_options
 
@@ -61,7 +61,8 @@ def tower_flops(config: PreTrainedConfig, pictures: int = 1, tokens: Iterable[fl
         raise ValueError(f"The tower of {config.model_type!r} has windows, free sizes or layers of its own: "
                          "count its FLOPs on a run, with torch.utils.flop_counter.FlopCounterMode.")  # fmt: skip
     image, patch = (_side(getattr(vision, name)) for name in ("image_size", "patch_size"))
-    width, patches, extra = vision.hidden_size, (image // patch) ** 2, PLAIN_TOWERS[vision.model_type]
+    registers = registers_of(config)
+    width, patches, extra = vision.hidden_size, (image // patch) ** 2, PLAIN_TOWERS[vision.model_type] + registers
     inner = getattr(vision, "intermediate_size", None) or width * vision.mlp_ratio  # DINOv2 gives the latter
     lengths = [patches + extra] * vision.num_hidden_layers if tokens is None else list(tokens)
     if len(lengths) != vision.num_hidden_layers:
@@ -73,7 +74,7 @@ def tower_flops(config: PreTrainedConfig, pictures: int = 1, tokens: Iterable[fl
     used = getattr(config, "vision_feature_layers", None) or getattr(config, "vision_feature_layer", -1)
     features = width * merged * (len(used) if isinstance(used, list | tuple) else 1)
     linear = features * text.hidden_size + (family.linears - 1) * text.hidden_size**2
-    projector = pictures * 2 * (patches // merged) * linear
+    projector = pictures * 2 * ((patches + registers) // merged) * linear
     return {"tower": round(pictures * (layers + embedding)), "projector": projector}
 
 

@@ -49,7 +49,7 @@ class Family:
 
     @property
     def square(self) -> bool:
-        """Whether every picture is one square of tokens, so that their number alone tells the places."""
+        """Whether every picture is one square of tokens, so that their number alone tells the places (no registers)."""
         return self.layout == WHOLE
 
 
@@ -85,6 +85,11 @@ def towers_of(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {name: model.get_submodule(path) for name, path in family_of(model).towers.items()}
 
 
+def registers_of(config: PreTrainedConfig) -> int:
+    """How many register tokens the vision tower of a model has between [CLS] and the patches."""
+    return getattr(getattr(config, "vision_config", None), "num_register_tokens", 0)
+
+
 def visual_ids(model: PreTrainedModel) -> tuple[int, ...]:
     """Token ids of the placeholders of pictures and videos, the picture's first; () where there are none."""
     ids = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))
@@ -102,6 +107,14 @@ def _square(tokens: int, *_) -> Tensor:
     if tokens - side**2 > 1:
         side = 0
     return torch.cat([torch.tensor([[0, -1, -1]]).expand(tokens - side**2, 3), _raster(1, side, side)])
+
+
+def _whole(tokens: int, number: int, inputs: BatchFeature, lvlm: "LVLM") -> Tensor:
+    """A square picture. Of a tower with registers they come first, after [CLS], as tokens that are nowhere."""
+    registers = registers_of(lvlm.model.config)
+    square = _square(tokens - registers)
+    first = int(square[0, 1] < 0)  # [CLS]
+    return torch.cat([square[:first], NOWHERE.expand(registers, 3), square[first:]])
 
 
 def _frames(newlines: int, tokens: int, number: int, inputs: BatchFeature, lvlm: "LVLM") -> Tensor:
@@ -166,7 +179,7 @@ def _anyres(packing: Callable, tokens: int, number: int, inputs: BatchFeature, l
 
 
 # The records --------------------------------------------------------------------------------------------------------
-WHOLE = {"image": _square}
+WHOLE = {"image": _whole}
 _NEXT = {"image": partial(_anyres, lambda config: {"vision_feature_select_strategy": "default"})}
 _ONEVISION = {"image": partial(_anyres, lambda config: {"vision_aspect_ratio": config.vision_aspect_ratio})}
 _TILES = {"image": _tiles, "video": _video_tiles}
@@ -200,6 +213,8 @@ FAMILIES: dict[str, Family] = {
     "qwen": Family({"vision": "transformer.visual"}, "transformer.visual.attn_pool", verified=False),
 }  # fmt: skip
 
-# vision_config.model_type of plain transformers over pictures of one size -> tokens before the patches ([CLS])
-PLAIN_TOWERS = {"clip_vision_model": 1, "internvl_vision": 1, "dinov2": 1, "siglip_vision_model": 0,
-                "idefics3_vision": 0, "smolvlm_vision": 0}  # fmt: skip
+# vision_config.model_type of plain transformers over pictures of one size -> tokens before the patches: [CLS] or none.
+# Registers (`registers_of`) are counted apart.
+PLAIN_TOWERS = {"clip_vision_model": 1, "internvl_vision": 1, "dinov2": 1, "dinov2_with_registers": 1,
+                "siglip_vision_model": 0, "idefics3_vision": 0, "smolvlm_vision": 0}  # fmt: skip
+ANY_SIZE = {"dinov2", "dinov2_with_registers"}  # those that fit their positions to every picture without being asked

@@ -1,6 +1,7 @@
 """Open a large vision-language model (LVLM): an embedded one, a folder, a hub id, or a model you already hold."""
 
 import os
+import runpy
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,7 @@ from transformers.utils import logging
 from lvlm_utils import ROOT
 from lvlm_utils.families import Family, decoder_of, family_of, find_family, towers_of, visual_ids
 
-EMBEDDED = ("tiny-llava", "tiny-llava-long")
+EMBEDDED = ("tiny-llava", "tiny-llava-long", "smol-llava", "smol-llava-long")
 ACCEPTED = f"Embedded models: {', '.join(EMBEDDED)}; a local folder or a hub id is accepted too."
 UNLIMITED = 10**9  # a tokenizer that knows no limit gives a huge number
 # Keywords of from_pretrained that say where to read, so that config and processor need them as well as the model.
@@ -120,7 +121,7 @@ def load(
 ) -> LVLM:  # fmt: skip
     """Open a model by name, or take one that you hold as it is.
 
-    name: "tiny-llava", "tiny-llava-long", a folder, a hub id, or (model, processor).
+    name: "tiny-llava", "smol-llava", either with "-long", a folder, a hub id, or (model, processor).
     processor: needed with a model in memory; otherwise it replaces that of the checkpoint.
     dtype: of the weights. None: the checkpoint's own on a GPU, float32 on a CPU.
     device: by default a GPU where there is one; a model in memory is moved only if a device is given.
@@ -131,8 +132,8 @@ def load(
 
     Only safetensors weights are read. A model in memory, its tokenizer and its settings are not changed, but for
     `device` and `attention` where they are given. Raises ValueError for an unknown name or architecture and for
-    arguments that do not fit, FileNotFoundError for an embedded model that is not built, ImportError for a package that
-    is missing.
+    arguments that do not fit, FileNotFoundError for an embedded model that is not built, OSError where smol-llava can
+    be neither found nor put together, ImportError for a package that is missing.
     """
     if isinstance(name, tuple):
         if len(name) != 2 or processor is not None:
@@ -175,6 +176,8 @@ def _find(name: str | Path, subfolder: str) -> str:
     """The folder or hub id; raises one clear error when there is nothing of that name."""
     name, embedded = str(name), str(name) in EMBEDDED
     source = ROOT / "data" / name if embedded else Path(name).expanduser()
+    if embedded and name.startswith("smol"):  # kept in the user's cache, put together there when first asked for
+        source = runpy.run_path(str(ROOT / "data" / "smol-llava" / "store.py"))["checkpoint"](name)
     if (source / subfolder / "config.json").is_file():
         return str(source.resolve())
     if embedded:

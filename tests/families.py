@@ -9,6 +9,7 @@ attention then moves the logits by 53-95% of their spread in the decoder, by 37-
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import transformers as hf
@@ -50,6 +51,13 @@ TILED = {"image_token_index": IMAGE, "image_grid_pinpoints": pinpoints(SIDE)}
 
 def _clip() -> hf.CLIPVisionConfig:
     return hf.CLIPVisionConfig(**SQUARE)
+
+
+def _dinov2(tower: type, **options) -> Callable[[dict], hf.PreTrainedConfig]:
+    shape = {**SQUARE, "mlp_ratio": 2, **options}
+    return lambda text: hf.LlavaConfig(
+        vision_config=tower(**shape), text_config=hf.LlamaConfig(**text), image_token_index=IMAGE
+    )
 
 
 def _siglip() -> hf.SiglipVisionConfig:
@@ -107,9 +115,9 @@ def _count(pick: Pick) -> int:
     return sum(len(row) for row in pick)
 
 
-def _single(pick: Pick) -> Made:
-    """One tile, one token a patch."""
-    return {"pixel_values": torch.randn(_count(pick), 3, SIDE, SIDE)}, _runs(pick, [[16]])
+def _single(pick: Pick, registers: int = 0) -> Made:
+    """One tile, one token a patch, and one a register of the tower."""
+    return {"pixel_values": torch.randn(_count(pick), 3, SIDE, SIDE)}, _runs(pick, [[registers + 16]])
 
 
 def _two_resolutions(pick: Pick) -> Made:
@@ -271,6 +279,17 @@ FAMILIES = {
 FAMILY_NAMES = tuple(FAMILIES)
 VIDEO_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.videos)
 
+# LLaVA with the towers of another maker: vision_config.model_type -> how to build it. Its layers have other names than
+# CLIP's, positions fit pictures of any size, and registers are visual tokens that are no patches.
+REGISTERS = 3
+TOWERS = {
+    "dinov2": Tiny(_dinov2(hf.Dinov2Config), _single),
+    "dinov2_with_registers": Tiny(
+        _dinov2(hf.Dinov2WithRegistersConfig, num_register_tokens=REGISTERS), partial(_single, registers=REGISTERS)
+    ),
+}
+CASES = (*FAMILY_NAMES, *TOWERS)
+
 
 # Models and inputs --------------------------------------------------------------------------------------------------
 def build(
@@ -285,7 +304,9 @@ def build(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> hf.PreTrainedModel:
-    """A random model of the family, in eval mode, which never stops generating by itself; tiny unless told otherwise.
+    """A random model of the family or tower, in eval mode, which never stops generating by itself.
+
+    It is tiny unless told otherwise.
 
     text: options of the language model's config in place of those of a tiny one ("hidden_size", "vocab_size" ...).
     tower: options of the tower's config, likewise, for families with a plain tower; layouts of tiles follow its
@@ -297,7 +318,7 @@ def build(
         "max_position_embeddings": window, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": None,
         "tie_word_embeddings": False, **(text or {}),
     }  # fmt: skip
-    config = FAMILIES[family].config(options)
+    config = (FAMILIES | TOWERS)[family].config(options)
     if tower:
         config.vision_config.update(tower)
     if tower and hasattr(config, "image_grid_pinpoints"):
@@ -333,7 +354,7 @@ def inputs(
     padded: rows of unequal text and, where the family has them, pictures of unequal shape, filled up on the left.
     Otherwise the rows are equally long. ValueError for video=True where the family takes none.
     """
-    family = FAMILIES[model.config.model_type]
+    family = TOWERS.get(getattr(model.config.vision_config, "model_type", None)) or FAMILIES[model.config.model_type]
     make = family.videos if video else family.pictures
     if make is None:
         raise ValueError(f"{model.config.model_type} takes no video. These do: {', '.join(VIDEO_FAMILIES)}.")

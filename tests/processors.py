@@ -7,7 +7,22 @@ on purpose in what a template may do: write BOS, strip the text, close the user'
 import numpy as np
 import torch
 import transformers as hf
-from families import BOS, EOS, FIRST_TEXT, IMAGE, PAD, PATCH, SIDE, VIDEO, VISION_END, VISION_START, build, pinpoints
+from families import (
+    BOS,
+    EOS,
+    FIRST_TEXT,
+    IMAGE,
+    PAD,
+    PATCH,
+    REGISTERS,
+    SIDE,
+    TOWERS,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    build,
+    pinpoints,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers import processors as post
 from transformers.models.smolvlm import processing_smolvlm
@@ -51,7 +66,7 @@ _QWEN = _chatml(
     head="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
 )  # fmt: skip
 TEMPLATES = {
-    "llava": _VICUNA,
+    **dict.fromkeys(("llava", *TOWERS), _VICUNA),
     "vipllava": template("###Human: ", "<image>\n", "", "###Assistant:"),
     "llava_next": template("[INST] ", "<image>\n", " [/INST]", ""),
     "llava_next_video": _VICUNA,
@@ -193,10 +208,12 @@ def _real(name: str) -> type[hf.ProcessorMixin]:
     return type(name, (found,), {"check_argument_for_proper_class": lambda *_: None})
 
 
-def _llava(name: str, pictures: hf.BaseImageProcessor, patch: int = PATCH, **common) -> hf.ProcessorMixin:
+def _llava(
+    name: str, pictures: hf.BaseImageProcessor, patch: int = PATCH, registers: int = 0, **common
+) -> hf.ProcessorMixin:
     return _real(name)(
         image_processor=pictures, patch_size=patch, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, **common,
+        num_additional_image_tokens=1 + registers, **common,
     )  # fmt: skip
 
 
@@ -205,8 +222,9 @@ def _build(family: str, common: dict, side: int, patch: int) -> hf.ProcessorMixi
     crop = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     anyres = {"image_grid_pinpoints": pinpoints(side), **crop}
     split = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
-    if family in ("llava", "vipllava"):
-        return _llava("LlavaProcessor", hf.CLIPImageProcessor(**crop), patch, **common)
+    if family in ("llava", "vipllava", *TOWERS):
+        registers = REGISTERS if family == "dinov2_with_registers" else 0
+        return _llava("LlavaProcessor", hf.CLIPImageProcessor(**crop), patch, registers, **common)
     if family == "llava_next":
         return _llava("LlavaNextProcessor", hf.LlavaNextImageProcessor(**anyres), patch, **common)
     if (side, patch) != (SIDE, PATCH):

@@ -6,13 +6,35 @@ from itertools import chain
 import families
 import pytest
 import torch
-from families import BOS, FAMILY_NAMES, IMAGE, PAD, PATCH, SIDE, VIDEO, VIDEO_FAMILIES, VISION_START, build, inputs
+from families import (
+    BOS,
+    CASES,
+    FAMILY_NAMES,
+    IMAGE,
+    PAD,
+    PATCH,
+    SIDE,
+    VIDEO,
+    VIDEO_FAMILIES,
+    VISION_START,
+    build,
+    inputs,
+)
 from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from lvlm_utils.families import FAMILIES, PLAIN_TOWERS, decoder_of, family_of, find_family, towers_of, visual_ids
+from lvlm_utils.families import (
+    FAMILIES,
+    PLAIN_TOWERS,
+    decoder_of,
+    family_of,
+    find_family,
+    registers_of,
+    towers_of,
+    visual_ids,
+)
 
 OWN_ATTENTION = "high_res"  # SAM's attention adds relative positions to the scores and is not exchangeable
 
@@ -35,7 +57,7 @@ def logits(model, batch, **attention):
     return model(**batch).logits[batch["attention_mask"].bool()]
 
 
-@pytest.fixture(scope="module", params=FAMILY_NAMES)
+@pytest.fixture(scope="module", params=CASES)
 def model(request):
     return build(request.param)
 
@@ -185,7 +207,7 @@ def test_the_record_says_what_the_model_does(model):
     for (_, output), tower in zip(seen[:1], towers_of(model).values()):
         names = {name.rpartition(".")[2] for name, _ in tower.named_parameters()}
         assert PLAIN_TOWERS[vision.model_type] == int(bool({"class_embedding", "cls_token"} & names))
-        assert output.shape[-2] == patches // merged
+        assert output.shape[-2] == patches // merged + registers_of(model.config)
     linears = [part for part in model.get_submodule(family.projector).modules() if isinstance(part, nn.Linear)]
     assert len(linears) == family.linears
 

@@ -120,7 +120,9 @@ def test_every_family_opens_from_memory_and_from_a_folder(family, tmp_path):
 
 @pytest.mark.parametrize("name", ["tiny-lava", "/no/such/folder", "a/b/c"])
 def test_an_unknown_name_lists_what_is_accepted(name):
-    with pytest.raises(ValueError, match=r"tiny-llava, tiny-llava-long; a local folder or a hub id"):
+    with pytest.raises(
+        ValueError, match=r"tiny-llava, tiny-llava-long, smol-llava, smol-llava-long; a local folder or a hub id"
+    ):
         lv.load(name)
 
 

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 import transformers as hf
-from families import FAMILY_NAMES, VIDEO_FAMILIES, VOCABULARY, build, inputs
+from families import CASES as MODELS
+from families import VIDEO_FAMILIES, VOCABULARY, build, inputs
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 from transformers.vision_utils import get_vision_window_index
@@ -14,7 +15,8 @@ import lvlm_utils as lv
 from lvlm_utils.attention import STATISTICS
 from lvlm_utils.families import decoder_of, towers_of, visual_ids
 
-CASES = [(name, False) for name in FAMILY_NAMES] + [(name, True) for name in VIDEO_FAMILIES]
+CASES = [(name, False) for name in MODELS] + [(name, True) for name in VIDEO_FAMILIES]
+WITH_CLASS = ("clip_vision_model", "internvl_vision", "dinov2", "dinov2_with_registers")
 MATRICES = {}  # module -> its attention matrices, in the order of the calls
 
 
@@ -105,7 +107,7 @@ def check_tower(model, name, seen, given, video):
     found = seen.towers[name]
     assert found is seen.vision
     names = ["received", "received_mean", "entropy", "variance"]
-    if model.config.vision_config.model_type in ("clip_vision_model", "internvl_vision"):
+    if model.config.vision_config.model_type in WITH_CLASS:
         names.append("cls")
     else:
         assert not hasattr(found, "cls")
@@ -198,7 +200,7 @@ def _with_weights_of(model, config):
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-EQUI = {name: lambda name=name: build(name) for name in FAMILY_NAMES} | {
+EQUI = {name: lambda name=name: build(name) for name in MODELS} | {
     "yarn": lambda: scaled(**YARN),
     "partial": partial,
 }

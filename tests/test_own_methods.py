@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from families import FAMILY_NAMES
+from families import CASES
 from PIL import Image
 from processors import lvlm
 from torch.nn.functional import normalize
@@ -61,7 +61,7 @@ def prompt(family, rows=(0, 1)):
 
 
 @pytest.mark.parametrize("method", [Loudest(), Loudest(keep=3, layer=1), Nearest(), Nearest(keep=2)], ids=str)
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", CASES)
 def test_a_method_of_your_own_runs_in_every_family(family, method):
     model, both = opened(family), prompt(family)
     with lv.prune(model, method) as trace:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from families import FAMILY_NAMES, build, inputs
+from families import CASES, REGISTERS, TOWERS, build, inputs
 from PIL import Image
 from processors import lvlm as opened
 from recomputation import Chooses
@@ -11,7 +11,7 @@ from recomputation import Chooses
 import lvlm_utils as lv
 from lvlm_utils.attention.towers import has_cls
 
-CLASS = {"llava", "vipllava", "llava_next", "llava_next_video", "video_llava", "internvl"}  # towers with [CLS]
+CLASS = {"llava", "vipllava", "llava_next", "llava_next_video", "video_llava", "internvl", *TOWERS}  # towers with [CLS]
 PATCHES = {*CLASS, "llava_onevision", "deepseek_vl"} - {"internvl"}  # a token is a patch
 MERGED = {"internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm"}  # it is four
 
@@ -50,7 +50,7 @@ def look(lvlm, images, sees, **how):
     return found, prompt
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", CASES)
 def test_tokens_are_the_patches_that_the_tower_saw(family):
     """Where a picture changes, the same token changes most in the tower and in the language model."""
     lvlm, agree, shifted = opened(family), [], []
@@ -76,7 +76,7 @@ def test_tokens_are_the_patches_that_the_tower_saw(family):
     assert np.mean(agree) > (0.4 if family == "deepseek_vl_hybrid" else 0.7)  # half of its tokens is another tower's
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", CASES)
 def test_features_are_what_is_projected(family):
     lvlm = opened(family)
     found, _ = look(lvlm, [picture(60, 44), picture(40, 90)], {"hidden": -1})
@@ -96,7 +96,7 @@ def test_features_are_what_is_projected(family):
             torch.testing.assert_close(lvlm.projector(pictures.features), pictures.projected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", CASES)
 def test_statistics_of_tokens_are_those_that_observe_gives(family):
     lvlm = opened(family)
     assert has_cls(lvlm) == (family in CLASS)
@@ -108,11 +108,14 @@ def test_statistics_of_tokens_are_those_that_observe_gives(family):
     for pictures in found:
         assert all(pictures.seen(name).shape[2] == pictures.slots.shape[1] for name in sees)
         assert (pictures.seen("given").sum(-1) <= 1 + 1e-6).all()
-    if family in ("llava", "vipllava", "video_llava"):
+    if family in ("llava", "vipllava", "video_llava", "dinov2"):
         (pictures,) = found
         torch.testing.assert_close(pictures.seen("cls"), tower.cls[-2, :, :, 1:])
         without = (tower.received[-1] - tower.cls[-1])[..., 1:] / pictures.slots.shape[1]
         torch.testing.assert_close(pictures.seen("received"), without)
+    if family == "dinov2_with_registers":
+        (pictures,) = found
+        torch.testing.assert_close(pictures.seen("cls"), tower.cls[-2, :, :, 1 + REGISTERS :])
     if family in ("deepseek_vl", "qwen2_vl", "qwen3_vl"):
         every = [*tower.received.unbind(1)] if isinstance(tower.received, torch.Tensor) else tower.received
         for pictures in found:

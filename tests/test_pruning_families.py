@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from families import FAMILY_NAMES, VIDEO_FAMILIES, build, inputs
+from families import CASES, VIDEO_FAMILIES, build, inputs
 from recomputation import Recomputation, greedy, plan_of, same
 
 from lvlm_utils.pruning import prune
@@ -35,7 +35,7 @@ def drops(real, layers, equal):
     return stays
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", CASES)
 def test_dropping_nothing_changes_no_bit(family):
     model, batch, plain = reference(family)
     everything = {layer: plain.real for layer in (0, 2, 3)}
@@ -47,7 +47,7 @@ def test_dropping_nothing_changes_no_bit(family):
     assert torch.equal(trace.kept, plain.real.expand(4, -1, -1))
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", CASES)
 def test_dropped_tokens_are_gone(family):
     check(*reference(family), [drops(reference(family)[2].real, *case) for case in itertools.product(LAYERS, EQUAL)])
 

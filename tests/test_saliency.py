@@ -55,7 +55,7 @@ def between(matrix, masks):
     return torch.stack([torch.stack([matrix[q][:, k].sum() for k in masks]) for q in masks])
 
 
-@pytest.mark.parametrize("family", families.FAMILY_NAMES)
+@pytest.mark.parametrize("family", families.CASES)
 def test_flow_equals_eager_autograd(family):
     """A padded batch with answers of unequal length, grouped queries; the reference asks row by row, unpadded."""
     lvlm = processors.lvlm(family)

@@ -34,6 +34,11 @@ def _has_class(tower: nn.Module) -> bool:
     return any(path.rpartition(".")[2] in CLASS_TOKEN for path, _ in tower.named_parameters())
 
 
+def before_patches(tower: nn.Module) -> int:
+    """How many tokens of a tower come before its patches: [CLS] and registers."""
+    return int(_has_class(tower)) + getattr(tower.config, "num_register_tokens", 0)
+
+
 def tower_layers(tower: nn.Module) -> nn.ModuleList:
     """The layers of a vision tower: its longest list of modules. ValueError if it has none."""
     lists = [part for part in tower.modules() if isinstance(part, nn.ModuleList)]
@@ -46,10 +51,11 @@ def tower_layers(tower: nn.Module) -> nn.ModuleList:
 class Picture:
     """One picture, tile or frame as a tower saw it.
 
-    seen: name -> a tensor for every layer that was asked for. cls (heads, 1 + N): the row of [CLS]. received, given
+    seen: name -> a tensor for every layer that was asked for. cls (heads, T): the row of [CLS]. received, given
     (heads, N): means over the patch queries, and over the patch keys, of the attention between patches (softmaxed over
-    all keys). keys (heads, T, d); query (heads, d) of [CLS]; hidden (T, C) after the layer. T counts [CLS], which comes
-    first, where the tower has one. sums, entropy and variance (heads, T) are those of `stream`, over all tokens.
+    all keys). keys (heads, T, d); query (heads, d) of [CLS]; hidden (T, C) after the layer. T counts [CLS] and
+    registers, which come first, where the tower has them. sums, entropy and variance (heads, T) are those of `stream`,
+    over all tokens.
     features: what goes into the projector, one row for each of its tokens, where pictures come to it one by one.
     size: N. merged: whether the patches of a token follow each other (the packed towers), or all are in reading order.
     source: where a method merges patches inside the tower, which of its tokens each became part of, (N,).
@@ -105,7 +111,7 @@ class _Tower:
     def __init__(self, towers: Towers, name: str, tower: nn.Module, sees: Mapping[str, int | None]):
         layers, kind = tower_layers(tower), type(tower).__name__
         self.towers, self.name, self.config = towers, name, tower.config
-        self.has_class, self.calls = _has_class(tower), None
+        self.has_class, self.before, self.calls = _has_class(tower), before_patches(tower), None
         if (lacking := OF_CLASS & set(sees)) and not self.has_class and not towers.whole:
             raise ValueError(f"{kind} has no [CLS] token, so there is no {' and '.join(sorted(lacking))} to see.")
         names = defaultdict(set)  # layer -> what is seen of it
@@ -155,7 +161,7 @@ class _Tower:
     def _between_patches(self, call: Call, view: Visibility) -> Tensor:
         """received and given (2, ...); a few pictures at a time, so that memory is bounded for many tiles."""
         pictures, heads, tokens, _ = call.query.shape
-        skip = int(self.has_class)
+        skip = self.before
         step = max(1, scores_of(call.query.device) // (heads * tokens * tokens))
         key = call.key.repeat_interleave(heads // call.key.shape[1], 1).float()
         parts = []
@@ -177,7 +183,7 @@ class _Tower:
                 picture.seen.setdefault(name, []).append(value)
                 if name != "query":
                     picture.size = value.shape[AXIS.get(name, -1)]
-                    picture.size -= self.has_class and name not in ("received", "given")
+                    picture.size -= 0 if name in ("received", "given") else self.before
         if not pictures and not self.towers.whole:
             raise ValueError(
                 f"The attention of {type(tower).__name__} does not go through transformers' interface: "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from lvlm_utils.families import towers_of
+from lvlm_utils.families import ANY_SIZE, towers_of
 from lvlm_utils.methods.tome import TowerMethod
 from lvlm_utils.models import bare
 from lvlm_utils.pruning.engine import Positions
@@ -49,7 +49,7 @@ class Downsample(TowerMethod):
     def fit(self, lvlm):
         super().fit(lvlm)
         for tower in towers_of(bare(lvlm)).values():
-            if "interpolate_pos_encoding" not in signature(tower.forward).parameters:
+            if not (_asked_to_interpolate(tower) or tower.config.model_type in ANY_SIZE):
                 raise ValueError(f"{type(tower).__name__} takes pictures of one size only: take the method random.")
         return self
 
@@ -57,6 +57,10 @@ class Downsample(TowerMethod):
         run = _Smaller(skip, self.keep)
         stack.callback(session.hook(tower, run.start))
         return run
+
+
+def _asked_to_interpolate(tower: nn.Module) -> bool:
+    return "interpolate_pos_encoding" in signature(tower.forward).parameters
 
 
 class _Smaller:
@@ -73,7 +77,8 @@ class _Smaller:
         if small != grid:
             size = tuple(side * patch for side in small)
             less = interpolate(pixels.float(), size=size, mode="bilinear", antialias=True).to(pixels.dtype)
-            kwargs = {**kwargs, "interpolate_pos_encoding": True}
+            if _asked_to_interpolate(tower):
+                kwargs = {**kwargs, "interpolate_pos_encoding": True}
             args, kwargs = ((less, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": less})
         whole = torch.arange(self.skip, device=pixels.device)
         source = torch.cat([whole, self.skip + cells(grid, small, pixels.device)]).expand(len(pixels), -1)

@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 from transformers.utils import ModelOutput
 
 from lvlm_utils.attention.intercept import Call, intercept
-from lvlm_utils.attention.towers import Towers, has_cls, tower_layers
+from lvlm_utils.attention.towers import Towers, before_patches, tower_layers
 from lvlm_utils.families import family_of, towers_of
 from lvlm_utils.models import bare
 from lvlm_utils.pruning.engine import PictureMethod, Positions, towers_of_method
@@ -89,7 +89,7 @@ class TowerMethod(PictureMethod):
     """
 
     def inside(self, tower: nn.Module, skip: int, session: Session, stack: ExitStack) -> Any:
-        """skip: 1 where the first token is [CLS], which is no patch."""
+        """skip: how many tokens come before the patches, [CLS] first and then registers."""
         raise NotImplementedError
 
     def fit(self, lvlm):
@@ -113,9 +113,10 @@ class TowerMethod(PictureMethod):
 
     @contextmanager
     def within(self, model):
-        skip, session, seen = int(has_cls(model)), session_of(model), towers_of_method(model, self)
+        session, seen = session_of(model), towers_of_method(model, self)
         with ExitStack() as stack:
             for tower in towers_of(model).values():
+                skip = before_patches(tower)
                 hook = partial(_spread_out, seen, self.inside(tower, skip, session, stack), skip)
                 stack.callback(session.hook(tower, after=hook))
             yield
@@ -223,7 +224,14 @@ class _Merging:
         return args, {**kwargs, "attention_mask": mask}
 
     def merge(self, number: int, layer: nn.Module, args: tuple, x: Tensor) -> Tensor:
-        tokens = x.shape[1]
-        x, size, source = reduce(self.metric, x, self.steps[number], bool(self.skip), self.sizes[tokens])
-        self.sizes[x.shape[1]], self.maps[x.shape[1]] = size, source.gather(1, self.maps[tokens])
+        tokens, registers = x.shape[1], slice(1, max(self.skip, 1))  # these stand aside while the others merge
+        others = torch.ones(tokens, dtype=torch.bool, device=x.device)
+        others[registers] = False
+        before, r = self.sizes[tokens], self.steps[number]
+        merged, size, source = reduce(self.metric[:, others], x[:, others], r, bool(self.skip), before[:, others])
+        x = torch.cat([merged[:, :1], x[:, registers], merged[:, 1:]], 1)
+        size = torch.cat([size[:, :1], before[:, registers], size[:, 1:]], 1)
+        whole = torch.arange(tokens, device=x.device).repeat(len(x), 1)
+        whole[:, others] = source + (source > 0) * (registers.stop - 1)
+        self.sizes[x.shape[1]], self.maps[x.shape[1]] = size, whole.gather(1, self.maps[tokens])
         return x

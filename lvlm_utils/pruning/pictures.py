@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lvlm_utils.attention.towers import AXIS, Picture
-from lvlm_utils.families import family_of, visual_ids
+from lvlm_utils.families import family_of, registers_of, visual_ids
 
 if TYPE_CHECKING:
     from lvlm_utils.pruning.engine import Tokens
@@ -33,7 +33,7 @@ class Pictures:
     """Pictures, tiles or frames of equal size: P of them with V visual tokens each, of any prompts of the batch.
 
     `rows` (P,) is the prompt that each belongs to, `slots` (P, V) where its tokens are there. Visual slots that are
-    no patch (newlines, [CLS] of a video) belong to no picture and are not kept.
+    no patch (newlines, registers, [CLS] of a video) belong to no picture and are not kept.
     """
 
     def __init__(self, tokens: "Tokens", views: list["View"]):
@@ -62,7 +62,7 @@ class Pictures:
         if first.picture is None or first.picture.features is None:
             return self.projected
         found = [view.picture.features for view in self.views]
-        if self._patch_by_patch:  # after [CLS], which Video-LLaVA projects too
+        if self._patch_by_patch:  # after registers, and [CLS], which Video-LLaVA projects too
             rows = [x[len(x) - first.size :].T for x in found]
             return torch.stack([self._of_tokens(x, view).T for x, view in zip(rows, self.views, strict=True)])
         if len(found[0]) * first.patches.shape[1] == first.size:  # merged before the projector
@@ -74,19 +74,19 @@ class Pictures:
         """Whether what goes into the projector is one row for each patch of the tower."""
         first = self.views[0]
         features = None if first.picture is None else first.picture.features
-        return features is not None and len(features) - first.size in (0, 1)
+        before = 1 + registers_of(self.tokens.prefill.model.config)
+        return features is not None and 0 <= len(features) - first.size <= before
 
     def seen(self, name: str) -> Tensor:
         """What the method sees ("cls", "received" or "given") of every visual token, (P, heads, V).
 
         The mean over its patches, where the model merges several into one token; [CLS] as a key is left out.
         """
-        found = self._seen(name)
-        skip = 1 if name == "cls" else 0
-        return torch.stack([self._of_tokens(x[:, skip:], view) for x, view in zip(found, self.views, strict=True)])
+        found = zip(self._seen(name), self.views, strict=True)
+        return torch.stack([self._of_tokens(x[:, x.shape[1] - view.size :], view) for x, view in found])
 
     def raw(self, name: str) -> Tensor:
-        """What the method sees as the tower has it, (P, ...), [CLS] first if there is one, of patches that are tokens.
+        """What the method sees as the tower has it, (P, ...): of [CLS] if there is one, and of patches that are tokens.
 
         ValueError unless every visual token is one patch.
         """
@@ -99,9 +99,9 @@ class Pictures:
         if name == "query":
             return torch.stack(found)
         axis = AXIS.get(name, -1)
-        skip = found[0].shape[axis] - self.views[0].size  # 1 where [CLS] is there
+        skip = found[0].shape[axis] - self.views[0].size  # [CLS] first, and registers, which are left out
         patches = [skip + view.patches[:, 0].to(x.device) for view, x in zip(self.views, found, strict=True)]
-        index = [torch.cat([torch.arange(skip, device=at.device), at]) for at in patches]
+        index = [torch.cat([torch.arange(min(skip, 1), device=at.device), at]) for at in patches]
         return torch.stack([x.index_select(axis, at) for x, at in zip(found, index, strict=True)])
 
     def project(self, features: Tensor) -> Tensor:
@@ -211,7 +211,7 @@ def _places(tokens: "Tokens") -> Tensor:
     if groups is not None:
         return torch.stack([groups.image, groups.tile, groups.row, groups.column])
     visual = prefill.visual
-    if visual is None or not family_of(prefill.model).square:
+    if visual is None or registers_of(prefill.model.config) or not family_of(prefill.model).square:
         raise ValueError("Which visual tokens are one picture is not known here: ask with lv.generate.")
     visual = visual.cpu()
     sizes = {picture.size for picture in tokens.towers.pictures} if tokens.towers is not None else set()
