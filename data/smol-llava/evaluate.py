@@ -2,13 +2,17 @@
 
     python data/smol-llava/evaluate.py MODEL [--questions 600] [--long 120] [--out FOLDER]
 
-MODEL is "smol-llava", "smol-llava-long", "untouched" (SmolLM2 alone: the twenty ordinary questions only) or a folder with
-adapters and projector. Writes accuracy.csv and ordinary.csv.
+MODEL is "smol-llava", "smol-llava-long" or what else `lv.load` opens, or "untouched": SmolLM2 before training, which answers
+the ordinary questions only. Writes ordinary.csv and accuracy.csv, the latter after each condition; what has been answered is
+kept in answers.parquet, so that the same command goes on where it was stopped.
 """
 
 import argparse
+import itertools
 import random
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -25,15 +29,9 @@ import text  # noqa: E402
 import world  # noqa: E402
 from lessons import LEVEL, NUMBER, PLACE, Prior  # noqa: E402
 
-BLANK = ("white", "black", "none")
+BLANK, LENGTHS = ("none", "white", "black"), (500, 1000, 2500)
+COLUMNS = ["picture", "length", "kind", "n", "clusters", "accuracy", "low", "high", "yes_rate", "unparsed", "usual"]
 CHOICES = {PLACE: ["left", "middle", "right"], LEVEL: ["top", "middle", "bottom"], NUMBER: list("01234")}
-
-
-def opened(name: str) -> lv.LVLM:
-    """The model of that name, or put together from a folder of adapters; "untouched" has an untrained projector."""
-    if name == "untouched" or Path(name).is_dir():
-        return lv.load(parts.build(None if name == "untouched" else Path(name)))
-    return lv.load(name)
 
 
 def bayes(samples: pd.DataFrame) -> pd.DataFrame:
@@ -45,18 +43,17 @@ def bayes(samples: pd.DataFrame) -> pd.DataFrame:
     return samples.assign(answer=answers, correct=[a == b for a, b in zip(answers, samples["label"])])
 
 
-def accuracies(lvlm: lv.LVLM, questions: int, long: int) -> pd.DataFrame:
-    """By picture shown, length, and kind of question; every length has the same questions."""
-    found = []
-    for lengths, number in (((0,), questions), ((500, 1000, 2500), long)):
-        samples = lv.samples.load("emoji-world", lvlm, samples=number, lengths=(0, *lengths)[-len(lengths) :])
-        read = {"naive Bayes": bayes(samples)}
-        for image in ("original", *BLANK):
-            read[image] = lv.answer(lvlm, samples, image=image)
-        for image, answers in read.items():
+def accuracies(lvlm: lv.LVLM, questions: int, long: int, out: Path) -> Iterator[pd.DataFrame]:
+    """Tables by kind of question, without context and then at three lengths: with the picture, by naive Bayes, without."""
+    short = lv.samples.load("emoji-world", lvlm, samples=questions, lengths=(0,))
+    nested = lv.samples.load("emoji-world", lvlm, samples=long, lengths=LENGTHS)
+    for samples, image in itertools.product((short, nested), ("naive Bayes", "original", *BLANK)):
+        for _, part in samples.groupby("length"):
+            answers = (
+                bayes(part) if image == "naive Bayes" else lv.answer(lvlm, part, image, out=out / "answers.parquet")
+            )
             every = pd.concat([answers.assign(kind="all"), answers])
-            found.append(lv.stats.accuracy(every, ["kind", "length"]).assign(picture=image))
-    return pd.concat(found, ignore_index=True)
+            yield lv.stats.accuracy(every, ["kind", "length"]).assign(picture=image)
 
 
 def other_questions(lvlm: lv.LVLM, pictures: int, seed: int = 777) -> pd.DataFrame:
@@ -81,11 +78,11 @@ def other_questions(lvlm: lv.LVLM, pictures: int, seed: int = 777) -> pd.DataFra
 
 
 def ordinary_answers(lvlm: lv.LVLM) -> pd.DataFrame:
-    rows = []
-    for question in ordinary.QUESTIONS:
-        said = lv.generate(lvlm, lv.prompt(lvlm, None, "", question), max_new_tokens=40)
-        rows.append({"question": question, "answer": said, "right": ordinary.right(question, said)})
-    return pd.DataFrame(rows)
+    """The twenty questions, each without a picture."""
+    questions = list(ordinary.QUESTIONS)
+    said = lv.generate(lvlm, lv.prompt(lvlm, None, "", questions), max_new_tokens=40)
+    right = [ordinary.right(question, answer) for question, answer in zip(questions, said, strict=True)]
+    return pd.DataFrame({"question": questions, "answer": said, "right": right})
 
 
 def main() -> None:
@@ -96,19 +93,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("."))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    lvlm = opened(options.model)
+    lvlm = lv.load(parts.build() if options.model == "untouched" else options.model)
     options.out.mkdir(parents=True, exist_ok=True)
     said = ordinary_answers(lvlm)
     said.to_csv(options.out / "ordinary.csv", index=False, lineterminator="\n")
-    print(said.to_string(), f"\n{said['right'].sum()} of {len(said)} ordinary questions right")
+    print(said.to_string(), f"\n{said['right'].sum()} of {len(said)} ordinary questions right", flush=True)
     if options.model == "untouched":
         return
-    table = pd.concat(
-        [accuracies(lvlm, options.questions, options.long), other_questions(lvlm, options.questions // 6)]
-    )
-    columns = ["picture", "length", "kind", "n", "clusters", "accuracy", "low", "high", "yes_rate", "unparsed", "usual"]
-    table[columns].to_csv(options.out / "accuracy.csv", index=False, float_format="%.4g", lineterminator="\n")
-    print(table[columns].round(3).to_string())
+    found = []
+    tables = accuracies(lvlm, options.questions, options.long, options.out)
+    for table in itertools.chain(tables, map(partial(other_questions, lvlm), [options.questions // 6])):
+        found.append(table.reindex(columns=COLUMNS))
+        print(found[-1].round(3).to_string(header=len(found) == 1), flush=True)
+        whole = pd.concat(found, ignore_index=True)
+        whole.to_csv(options.out / "accuracy.csv", index=False, float_format="%.4g", lineterminator="\n")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ ANSWER, AT_QUESTION_MARK, END, REPLAY = (
     0.3,
     0.5,
 )  # loss weights; that of a whole replayed answer, by its tokens
-FEW = 48  # patches of a picture in most rows
+FEWEST, FEW = 32, 48  # patches of a picture in the first stage and in most rows of the second
 ORDINALS = ("first", "second")
 
 
@@ -228,6 +228,15 @@ class Writer:
         return asked
 
     # Rows ---------------------------------------------------------------------------------------------------------
+    def names(self, seen: Tensor, scene: world.Scene) -> Row:
+        """A picture, every object briefly and two in full: the most answers for the fewest tokens."""
+        row, asked = self.begin([(seen, scene)], FEWEST), self.questions(scene, 9)
+        for one in asked[:2]:
+            self.ask(row, row.cuts[0], self.is_there(*one))
+        for i in range(0, len(asked), 3):
+            self.ask_briefly(row, row.cuts[0], asked[i : i + 3])
+        return row
+
     def picture(self, seen: Tensor, scene: world.Scene, patches: int) -> Row:
         """A picture: full questions, two of them in one conversation, brief ones, where and how many."""
         row, asked = self.begin([(seen, scene)], patches), self.questions(scene, 9)
@@ -289,6 +298,18 @@ MIXES = {
     "long": {"picture": 0.32, "picture+context": 0.18, "two pictures": 0.05, "blank": 0.08, "text": 0.13,
              "bare": 0.03, "text 1.4k": 0.02, "replay": 0.07, "picture+2.8k": 0.12},
 }  # fmt: skip
+LONGEST_FIRST = (
+    "picture+2.8k",
+    "text 1.4k",
+    "text",
+    "picture+context",
+    "blank",
+    "two pictures",
+    "picture",
+    "bare",
+    "names",
+    "replay",
+)
 FACTS = (text.FACT_SHARE, 0.8)  # dense contexts teach what the world makes likely with fewer tokens
 
 
@@ -298,6 +319,8 @@ def write(kind: str, writer: Writer, pictures: Pictures) -> Row:
     first, second = (rng.randrange(len(pictures.scenes)) for _ in range(2))
     scene, seen = pictures.scenes[first], pictures.features[first]
     patches, length = rng.choices((FEW, 96, 256), (0.6, 0.2, 0.2))[0], rng.randint(40, 480)
+    if kind == "names":
+        return writer.names(seen, scene)
     if kind == "picture":
         return writer.picture(seen, scene, patches)
     if kind == "two pictures":

@@ -19,10 +19,10 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "emoji-world"), str(HERE.parent / "
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "30000000000", "MALLOC_TOP_PAD_": "268435456",
           "MALLOC_ARENA_MAX": "4"}  # fmt: skip
 FOLDERS = {"short": HERE, "long": HERE.parent / "smol-llava-long"}
-NAMES_SHARE = 0.2  # of the minutes: names in the place of patches; the rest is the joint stage
+NAMES_SHARE = 0.35  # of the minutes: names in the place of patches; the rest is the joint stage
 TARGETS, RANK = ("q_proj", "k_proj", "v_proj", "o_proj"), 16
 # learning rate, share of the time in which it decays, rows of a step
-PACE = {"names": (1e-3, 0.7, 2), "joint": (5e-4, 0.9, 3)}
+PACE = {"names": (1e-3, 0.15, 2), "joint": (5e-4, 0.9, 4)}
 PROJECTOR_RATE, FIXED = 0.2, 0.4  # its learning rate as a share, and the share of the joint stage before it moves
 
 
@@ -81,7 +81,7 @@ def replay(model, processor, prompts: list[str], file: Path) -> list[tuple[str, 
 def stage(name, mix, pictures, language, head, projector, writer, options, minutes, trained) -> None:
     """Train `trained`, named parameters, on rows of `mix` until the minutes are spent; resumes by itself."""
     import torch
-    from lessons import write
+    from lessons import LONGEST_FIRST, write
     from loop import schedule, train
     from optim import Masters
     from packed import logits, loss
@@ -98,6 +98,7 @@ def stage(name, mix, pictures, language, head, projector, writer, options, minut
 
     def step(done: float, number: int) -> dict:
         kinds = rng.choices(list(mix), list(mix.values()), k=count)
+        kinds.sort(key=LONGEST_FIRST.index)  # so that no core waits long for the last row
         rows = [write(kind, writer, pictures) for kind in kinds]
         found = {}
         for kind, (gradients, numbers, value) in zip(kinds, pool.map(one, rows), strict=True):
@@ -149,7 +150,7 @@ def main() -> None:
     named, minutes = f"names-{options.seed}", options.minutes * NAMES_SHARE
     rng = random.Random(f"smol-llava names {options.seed}")
     pretended = seen.pretend(table, rng, max(40, options.pictures // 2))
-    stage(named, {"picture": 1.0}, pretended, language, head, nn.Identity(), Writer(processor, rng, []), options, minutes,
+    stage(named, {"names": 1.0}, pretended, language, head, nn.Identity(), Writer(processor, rng, []), options, minutes,
           adapters)  # fmt: skip
 
     with adapted.disable_adapter():
