@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 
 import lvlm_utils as lv
+from lvlm_utils.models import LVLM
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "emoji-world")]
@@ -43,7 +44,7 @@ def bayes(samples: pd.DataFrame) -> pd.DataFrame:
     return samples.assign(answer=answers, correct=[a == b for a, b in zip(answers, samples["label"])])
 
 
-def accuracies(lvlm: lv.LVLM, questions: int, long: int, out: Path) -> Iterator[pd.DataFrame]:
+def accuracies(lvlm: LVLM, questions: int, long: int, out: Path) -> Iterator[pd.DataFrame]:
     """Tables by kind of question, without context and then at three lengths: with the picture, by naive Bayes, without."""
     short = lv.samples.load("emoji-world", lvlm, samples=questions, lengths=(0,))
     nested = lv.samples.load("emoji-world", lvlm, samples=long, lengths=LENGTHS)
@@ -56,7 +57,7 @@ def accuracies(lvlm: lv.LVLM, questions: int, long: int, out: Path) -> Iterator[
             yield lv.stats.accuracy(every, ["kind", "length"]).assign(picture=image)
 
 
-def other_questions(lvlm: lv.LVLM, pictures: int, seed: int = 777) -> pd.DataFrame:
+def other_questions(lvlm: LVLM, pictures: int, seed: int = 777) -> pd.DataFrame:
     """Where an object is, across and down, and how often it comes, about fresh pictures; always the commonest answer beside."""
     rng, rows = random.Random(seed), []
     for i in range(pictures):
@@ -77,7 +78,7 @@ def other_questions(lvlm: lv.LVLM, pictures: int, seed: int = 777) -> pd.DataFra
     return table.assign(picture="original", length=0, usual=table["kind"].map(usual))
 
 
-def ordinary_answers(lvlm: lv.LVLM) -> pd.DataFrame:
+def ordinary_answers(lvlm: LVLM) -> pd.DataFrame:
     """The twenty questions, each without a picture."""
     questions = list(ordinary.QUESTIONS)
     said = lv.generate(lvlm, lv.prompt(lvlm, None, "", questions), max_new_tokens=40)

@@ -126,6 +126,7 @@ def main() -> None:
         os.execve(
             sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC
         )  # glibc reads them at the start only
+    import curve
     import ordinary
     import packed  # noqa: F401  (registers the attention)
     import seen
@@ -166,15 +167,19 @@ def main() -> None:
     projector.load_state_dict(torch.load(file))
     projector.requires_grad_(True)
     rng = random.Random(f"smol-llava {options.variant} {options.seed}")
-    stage(f"joint-{options.variant}-{options.seed}", MIXES[options.variant], pictures, language, head, projector,
-          Writer(processor, rng, answers), options, options.minutes - minutes, adapters + list(projector.named_parameters()))  # fmt: skip
+    joint, moved = f"joint-{options.variant}-{options.seed}", adapters + list(projector.named_parameters())
+    stage(joint, MIXES[options.variant], pictures, language, head, projector, Writer(processor, rng, answers), options,
+          options.minutes - minutes, moved)  # fmt: skip
 
     out = options.out or FOLDERS[options.variant]
     out.mkdir(parents=True, exist_ok=True)
     half = lambda state: {k: v.detach().half().contiguous() for k, v in state.items()}  # noqa: E731
-    save_file(half(get_peft_model_state_dict(adapted)), out / "adapter_model.safetensors")
-    adapted.peft_config["default"].save_pretrained(out)
+    save_file(half(get_peft_model_state_dict(adapted, save_embedding_layers=False)), out / "adapter_model.safetensors")
+    config = adapted.peft_config["default"]
+    config.base_model_name_or_path, config.target_modules = None, sorted(TARGETS)  # the same bytes everywhere
+    config.save_pretrained(out)
     save_file(half(projector.state_dict()), out / "projector.safetensors")
+    curve.save(options.work, (named, joint), out)
 
 
 if __name__ == "__main__":
